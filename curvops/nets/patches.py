@@ -1,0 +1,189 @@
+"""What must be switched for a network to be differentiated twice, each switch put back on the way out.
+
+PyTorch's fastest kernels (flash attention, the fused transformer path, cuDNN and oneDNN recurrences, EmbeddingBag) have
+no second derivative. Inside `differentiable` the plain kernels run instead; nothing of the user's is altered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from curvops.errors import UnsupportedLayerError
+
+
+class PlainEmbedding(TorchFunctionMode):
+    """Runs EmbeddingBag (sum, mean) as lookup + reduction, and lookups with dense, unscaled gradients.
+
+    EmbeddingBag has neither forward-mode nor second derivatives; `sparse=True` gives gradients that do not
+    differentiate again; `scale_grad_by_freq=True` gives gradients that are no derivative.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding_bag:
+            return _embedding_bag(*args, **kwargs)
+        if func is nn.functional.embedding:
+            return _embedding(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise UnsupportedLayerError(_MAX_NORM)
+    return nn.functional.embedding(input, weight, padding_idx)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if mode not in ("sum", "mean"):
+        raise UnsupportedLayerError(f"EmbeddingBag(mode={mode!r}) has no second derivative; use 'sum' or 'mean'")
+    if max_norm is not None:
+        raise UnsupportedLayerError(_MAX_NORM)
+    if input.ndim == 2:
+        bags, per_bag = input.shape
+        bag_of = torch.arange(bags, device=input.device).repeat_interleave(per_bag)
+        input = input.reshape(-1)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.reshape(-1)
+    else:
+        if offsets is None:
+            raise ValueError("embedding_bag: offsets has to be a 1D Tensor but got None")
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = starts.numel()
+        positions = torch.arange(input.numel(), device=input.device)
+        # Bag of entry i: the last start at or before it (an empty bag shares its start with the next one).
+        bag_of = torch.searchsorted(starts.contiguous(), positions, right=True) - 1
+    rows = nn.functional.embedding(input, weight, padding_idx)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    counted = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        counted = input != (padding_idx if padding_idx >= 0 else weight.shape[0] + padding_idx)
+        rows = rows * counted.unsqueeze(-1)
+    total = rows.new_zeros(bags, weight.shape[1]).index_add(0, bag_of, rows)
+    if mode == "sum":
+        return total
+    count = rows.new_zeros(bags).index_add(0, bag_of, counted.to(rows.dtype))
+    return total / count.clamp(min=1).unsqueeze(-1)
+
+
+_MAX_NORM = "an embedding with max_norm rewrites its weights in the forward; renormalise once and set max_norm=None"
+
+
+def needs_plain_embedding(model: nn.Module) -> bool:
+    """Whether some module of the model looks up through a kernel that does not differentiate twice."""
+    return any(
+        isinstance(m, nn.EmbeddingBag)
+        or (isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None))
+        for m in model.modules()
+    )
+
+
+def has_recurrence(model: nn.Module) -> bool:
+    """Whether some module of the model may run a fused recurrent kernel."""
+    return any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd on, whatever the caller's `no_grad` or `inference_mode` says."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def differentiable(device: torch.device, *, recurrent: bool = False, embeddings: bool = False) -> Iterator[None]:
+    """Kernels with second derivatives, autograd on, autocast off; all put back on the way out.
+
+    Args:
+        device: Where the network runs (for autocast).
+        recurrent: Switch the fused cuDNN and oneDNN recurrences off.
+        embeddings: Intercept EmbeddingBag and lookups with sparse or scaled gradients.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(recording())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if embeddings:
+            stack.enter_context(PlainEmbedding())
+        # Nothing can be compiled unless dynamo was imported, and importing it takes seconds.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+@contextmanager
+def unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Backward hooks of the given tensors silenced: a user's `register_hook` must not rewrite a Jacobian."""
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    try:
+        for t, _ in hooked:
+            t._backward_hooks = None
+        yield
+    finally:
+        for t, hooks in hooked:
+            t._backward_hooks = hooks
+
+
+@contextmanager
+def without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Backward hooks of modules silenced while the graph is built, so that they never enter it."""
+    hooked = [(m, m._backward_hooks, m._backward_pre_hooks) for m in model.modules()]
+    hooked = [entry for entry in hooked if entry[1] or entry[2]]
+    try:
+        for m, hooks, pre_hooks in hooked:
+            m._backward_hooks, m._backward_pre_hooks = type(hooks)(), type(pre_hooks)()
+        yield
+    finally:
+        for m, hooks, pre_hooks in hooked:
+            m._backward_hooks, m._backward_pre_hooks = hooks, pre_hooks
+
+
+@contextmanager
+def tracked_only(model: nn.Module, selected: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters outside the selection without `requires_grad`, so that the graph keeps nothing for their sake."""
+    keep = {id(t) for t in selected}
+    paused = [p for p in model.parameters() if p.requires_grad and id(p) not in keep]
+    try:
+        for p in paused:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in paused:
+            p.requires_grad_(True)

@@ -1,0 +1,269 @@
+"""Products with the Jacobian and the loss Hessian of one batch, on a graph that is built once and kept.
+
+Double backward: the vector-Jacobian product `g(u) = Jᵀu` is linear in its cotangent u, so that differentiating it along
+v gives `J v` without forward-mode AD, whose formulas many layers lack. With the graphs of f and g kept, each further
+product costs one backward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvops.errors import CurvopsError, ShapeError, UnsupportedError
+from curvops.nets.forward import Inputs, Network, explained, explained_product
+from curvops.nets.graph import graph_bytes
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.patches import recording, unhooked
+
+Engine = Literal["double_backward"]
+
+
+class Loss(Protocol):
+    """What a Hessian needs of a likelihood: the negative log-likelihood summed over the batch."""
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor: ...
+
+
+class _Kept:
+    """A kept graph: selection, column batching, memory, release."""
+
+    def __init__(self, network: Network, selection: ParameterSelection, engine: Engine) -> None:
+        if engine != "double_backward":
+            raise UnsupportedError(f"engine={engine!r} is unknown; there is 'double_backward'")
+        self.selection = selection
+        self.engine: Engine = engine
+        self.batched: bool | None = None
+        """Whether K columns run in one vectorised pass; None before the first product with K > 1 has tried."""
+        self._network = network
+        self._released = False
+
+    def _check(self, v: Tensor, shape: tuple[int, ...], what: str) -> None:
+        if self._released:
+            raise CurvopsError(f"this {type(self).__name__} was released; build it again")
+        if v.shape[:-1] != shape or v.ndim != len(shape) + 1:
+            raise ShapeError(f"{what}: expected {(*shape, 'K')}, got {tuple(v.shape)}")
+        like = self.selection.tensors[0]
+        if v.dtype != like.dtype or v.device != like.device:
+            raise ShapeError(f"{what}: expected {like.dtype} on {like.device}, got {v.dtype} on {v.device}")
+
+    def _grad(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """`autograd.grad` for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None for zero."""
+        columns = cotangents[0].shape[0]
+        with recording(), unhooked(self.selection.tensors):
+            try:
+                if columns == 1:
+                    single = torch.autograd.grad(
+                        outputs, inputs, [c[0] for c in cotangents], retain_graph=True, allow_unused=True
+                    )
+                    return [None if g is None else g.unsqueeze(0) for g in single]
+                if self.batched is None:
+                    return self._probe(outputs, inputs, cotangents)
+                return (_vectorised if self.batched else _looped)(outputs, inputs, cotangents)
+            except RuntimeError as error:
+                raise explained_product(error) from error
+
+    def _probe(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Try the vectorised pass once; fall back to the loop, for good, where an operation has no batching rule."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result = _vectorised(outputs, inputs, cotangents)
+            except (RuntimeError, NotImplementedError):
+                result = None
+        # PyTorch warns where it loops inside one operation: then the plain loop costs the same and cannot err.
+        self.batched = result is not None and not any("performance drop" in str(w.message) for w in caught)
+        return result if self.batched and result is not None else _looped(outputs, inputs, cotangents)
+
+
+class Linearisation(_Kept):
+    """J, the Jacobian of the outputs of one batch in the selected parameters, as two products.
+
+    Args:
+        network: The network.
+        selection: The parameters, P of them.
+        x: Inputs of the batch.
+        engine: How `jvp` is computed; only double backward so far.
+
+    Attributes:
+        outputs: `(B, C)` or `(B, T, C)`, detached.
+        batched: Whether many columns run in one pass (None until tried, then fixed; both give the same numbers).
+
+    Cost: one forward to build; the first `jvp` adds one backward; then one backward per column and product.
+    Parameters that the outputs do not depend on have zero columns.
+    """
+
+    def __init__(
+        self, network: Network, selection: ParameterSelection, x: Inputs, *, engine: Engine = "double_backward"
+    ) -> None:
+        super().__init__(network, selection, engine)
+        self._f: Tensor = network(x, selection.tensors)
+        self.outputs: Tensor = self._f.detach()
+        # Zero Jacobian: nothing selected reaches the output.
+        self._constant = not self._f.requires_grad
+        self._tangent: tuple[Tensor, list[int], list[Tensor]] | None = None
+
+    def jvp(self, v: Float[Tensor, "P K"]) -> Float[Tensor, "*f K"]:
+        """`J V`: columns of parameters → columns of outputs, `(*f.shape, K)`.
+
+        Raises:
+            ShapeError: wrong length, dtype or device.
+            UnsupportedLayerError: an operation without second derivative.
+        """
+        self._check(v, (self.selection.size,), "jvp")
+        shape = (*self.outputs.shape, v.shape[1])
+        if self._constant or v.shape[1] == 0:
+            return self.outputs.new_zeros(shape)
+        dummy, which, adjoint = self._tangent if self._tangent is not None else self._build_tangent()
+        if not adjoint:
+            return self.outputs.new_zeros(shape)
+        rows = self.selection.split_rows(v.T)
+        (result,) = self._grad(adjoint, [dummy], [rows[i] for i in which])
+        return self.outputs.new_zeros(shape) if result is None else result.movedim(0, -1)
+
+    def vjp(self, u: Float[Tensor, "*f K"]) -> Float[Tensor, "P K"]:
+        """`Jᵀ U`: columns of outputs, `(*f.shape, K)` → columns of parameters, summed over the batch.
+
+        Raises:
+            ShapeError: wrong shape, dtype or device.
+        """
+        self._check(u, tuple(self.outputs.shape), "vjp")
+        columns = u.shape[-1]
+        if self._constant or columns == 0:
+            return self.outputs.new_zeros(self.selection.size, columns)
+        grads = self._grad([self._f], self.selection.tensors, [u.movedim(-1, 0)])
+        return self.selection.join_rows(grads, columns).T
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graphs hold beyond parameters and buffers, each storage once.
+
+        Grows when the first `jvp` adds the adjoint's graph. K columns in one pass hold transients of the order of K
+        times this. Cost: a walk over the graph.
+        """
+        roots = [] if self._released else [self._f]
+        if self._tangent is not None:
+            roots += self._tangent[2]
+        return graph_bytes(roots, self._network.module)
+
+    def release(self) -> None:
+        """Drop the graphs; the outputs stay."""
+        self._released = True
+        self._tangent = None
+        self._f = self.outputs
+
+    def _build_tangent(self) -> tuple[Tensor, list[int], list[Tensor]]:
+        with recording(), self._network.differentiable(self.outputs.device), unhooked(self.selection.tensors):
+            dummy = torch.zeros_like(self.outputs, requires_grad=True)
+            try:
+                adjoint = torch.autograd.grad(
+                    self._f, self.selection.tensors, dummy, create_graph=True, allow_unused=True
+                )
+            except RuntimeError as error:
+                raise explained_product(error) from error
+        which = [i for i, g in enumerate(adjoint) if g is not None and g.requires_grad]
+        self._tangent = (dummy, which, [g for g in adjoint if g is not None and g.requires_grad])
+        return self._tangent
+
+
+class HessianProduct(_Kept):
+    """The exact Hessian of one batch's summed negative log-likelihood, by a second backward on a kept gradient graph.
+
+    Args:
+        network: The network.
+        selection: The parameters, P of them.
+        likelihood: Whose `loss(f, y)` is differentiated; any object with that method.
+        x: Inputs of the batch.
+        y: Targets of the batch.
+
+    Attributes:
+        outputs: f, detached.
+        loss: The summed loss, 0-dim, detached.
+        gradient: `(P,)` gradient of the loss, detached.
+        batched: As in `Linearisation`.
+
+    Cost: one forward and one backward to build, two backward passes' work per column and product.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        selection: ParameterSelection,
+        likelihood: Loss,
+        x: Inputs,
+        y: Tensor,
+        *,
+        engine: Engine = "double_backward",
+    ) -> None:
+        super().__init__(network, selection, engine)
+        f = network(x, selection.tensors)
+        self.outputs: Tensor = f.detach()
+        with network.differentiable(f.device), unhooked(selection.tensors):
+            loss = likelihood.loss(f, y.clone() if y.is_inference() else y.detach())
+            grads: Sequence[Tensor | None] = [None] * len(selection.tensors)
+            if loss.requires_grad:
+                try:
+                    grads = torch.autograd.grad(loss, selection.tensors, create_graph=True, allow_unused=True)
+                except RuntimeError as error:
+                    raise explained(error) from error
+        self.loss: Tensor = loss.detach()
+        self.gradient: Tensor = selection.join_rows([None if g is None else g.detach() for g in grads], 1)[0]
+        self._which = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self._grads = [g for g in grads if g is not None and g.requires_grad]
+
+    def matmat(self, v: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+        """`H V`, summed over the batch.
+
+        Raises:
+            ShapeError: wrong length, dtype or device.
+        """
+        self._check(v, (self.selection.size,), "matmat")
+        if not self._grads or v.shape[1] == 0:
+            return torch.zeros_like(v)
+        rows = self.selection.split_rows(v.T)
+        result = self._grad(self._grads, self.selection.tensors, [rows[i] for i in self._which])
+        return self.selection.join_rows(result, v.shape[1]).T
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graph holds beyond parameters and buffers, each storage once."""
+        return graph_bytes(self._grads, self._network.module)
+
+    def release(self) -> None:
+        """Drop the graph; outputs, loss and gradient stay."""
+        self._released = True
+        self._grads = []
+
+
+_Pass = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "list[Tensor | None]"]
+
+
+def _vectorised(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+    return list(torch.autograd.grad(outputs, inputs, cotangents, **options))
+
+
+def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    rows = [
+        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
+        for k in range(cotangents[0].shape[0])
+    ]
+    stacked: list[Tensor | None] = []
+    for column in zip(*rows, strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is None:
+            stacked.append(None)
+        else:
+            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
+    return stacked

@@ -1,0 +1,213 @@
+"""Are the user's things still those that the operator was built on?
+
+Two watches. The cheap one, before every product, compares identities, addresses, versions and modes. The thorough
+one, at a verb's start and end, reads the values once, since writes through `.data`, NumPy views or
+`vector_to_parameters` leave no version behind.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvops.errors import StaleOperatorError
+from curvops.nets.parameters import unwrap
+
+_ADVICE = "build the operator again, or build it with snapshot=True to work on a copy"
+
+_SMALL = 4096
+"""Tensors up to this many entries are copied rather than summed."""
+
+_STRIDES = (1024, 1021)
+"""Two coprime strides: a change or a permutation that keeps every sum at both is no accident."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class _Entry:
+    """One watched tensor as it was."""
+
+    label: str
+    tensor: Tensor
+    owner: dict[str, Any] | None
+    key: str
+    pointer: int
+    version: int
+    dtype: torch.dtype
+    requires_grad: bool
+
+    def moved(self) -> str | None:
+        """Words for what differs, or None; a changed version alone counts as movement."""
+        t = self.tensor
+        if self.owner is not None and self.owner.get(self.key) is not t:
+            return "was replaced by another tensor"
+        if t.dtype != self.dtype:
+            return f"changed dtype from {self.dtype} to {t.dtype}"
+        if t.requires_grad != self.requires_grad:
+            return f"changed requires_grad from {self.requires_grad} to {t.requires_grad}"
+        return None
+
+    def touched(self) -> bool:
+        return self.tensor.data_ptr() != self.pointer or _version(self.tensor) != self.version
+
+    def renew(self) -> None:
+        self.pointer, self.version = self.tensor.data_ptr(), _version(self.tensor)
+
+
+class Watch:
+    """Remembers a model's parameters, buffers and modes, and tensors of data, and says when they have changed.
+
+    Args:
+        model: The user's module.
+        tensors: Name → tensor of the batches handed in as tensors.
+
+    Building reads the parameters and buffers once (about 0.1 ms per million float32 entries on one core) and copies
+    O(1) of them; of the data nothing is read.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Sequence[tuple[str, Tensor]] = ()) -> None:
+        model = unwrap(model)
+        self._modules = [(path, m, m.training, tuple(m._modules.items())) for path, m in model.named_modules()]
+        self._state: list[_Entry] = []
+        seen: set[int] = set()
+        for path, module, _, _ in self._modules:
+            for kind, owner in (("parameter", module._parameters), ("buffer", module._buffers)):
+                for key, tensor in owner.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        label = f"{kind} {f'{path}.{key}'.lstrip('.')!r}"
+                        self._state.append(_entry(label, tensor, owner, key))
+        self._data = [_entry(f"data tensor {name}", t, None, "") for name, t in tensors]
+        self._content = Content([e.tensor for e in self._state])
+
+    def check(self) -> bool:
+        """The cheap watch, for every product.
+
+        Returns:
+            True when something was written in place with the same content as before: kept graphs must be dropped,
+            since autograd refuses them, though every number stays right.
+
+        Raises:
+            StaleOperatorError: a parameter, buffer, data tensor or mode has changed; the message names it.
+
+        Cost: O(number of tensors and modules), nothing read, unless a version has moved.
+        """
+        for path, module, training, children in self._modules:
+            if module.training != training:
+                mode = "train" if module.training else "eval"
+                raise StaleOperatorError(
+                    f"module {path or '(the model itself)'!r} went to {mode} mode since the operator was built; "
+                    f"put it back with .{'train' if training else 'eval'}(), or {_ADVICE}"
+                )
+            if len(module._modules) != len(children) or any(module._modules.get(k) is not c for k, c in children):
+                where = path or "(the model itself)"
+                raise StaleOperatorError(
+                    f"submodules of {where!r} were replaced since the operator was built; {_ADVICE}"
+                )
+        touched = False
+        for entry in self._state:
+            if (words := entry.moved()) is not None:
+                raise StaleOperatorError(f"{entry.label} {words} since the operator was built; {_ADVICE}")
+            touched = touched or entry.touched()
+        for entry in self._data:
+            if entry.touched() or entry.tensor.dtype != entry.dtype:
+                raise StaleOperatorError(f"{entry.label} was written to since the operator was built; {_ADVICE}")
+        if touched:
+            self.check_content()
+            for entry in self._state:
+                entry.renew()
+        return touched
+
+    def check_content(self) -> None:
+        """The thorough watch, for a verb's start and end: one read of parameters and buffers.
+
+        Raises:
+            StaleOperatorError: values have changed; the message names the tensors.
+        """
+        changed = self._content.changed()
+        if changed:
+            labels = ", ".join(self._state[i].label for i in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise StaleOperatorError(f"{labels}{more} changed value since the operator was built; {_ADVICE}")
+
+
+class Content:
+    """What some tensors hold, remembered in O(1) memory per large tensor.
+
+    Small tensors are copied. Of large ones, the bit patterns, read as integers, are summed exactly (modulo 2^bits) over
+    all entries with the same position modulo 1024 and modulo 1021: any single change shows, and so does a permutation.
+
+    Cost: one read of every tensor, to build and to compare.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._kept = [_digest(t, keep=True) for t in tensors]
+
+    def changed(self) -> list[int]:
+        """Positions of the tensors that no longer hold what they held."""
+        now = [_digest(t, keep=False) for t in self._tensors]
+        return [i for i, (a, b) in enumerate(zip(self._kept, now, strict=True)) if not _same(a, b)]
+
+
+def snapshot(model: nn.Module) -> nn.Module:
+    """A private copy of the model with its own parameters and buffers, in the same modes.
+
+    Non-leaf tensors that hang on the module (kept activations) come detached, since they do not copy otherwise.
+    """
+    model = unwrap(model)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    with torch.inference_mode(False):
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        return copy.deepcopy(model, memo)
+
+
+def _entry(label: str, tensor: Tensor, owner: dict[str, Any] | None, key: str) -> _Entry:
+    return _Entry(label, tensor, owner, key, tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.requires_grad)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _digest(tensor: Tensor, *, keep: bool) -> list[Tensor]:
+    with torch.no_grad():
+        t = tensor.detach()
+        if t.numel() <= _SMALL or t.layout != torch.strided:
+            return [t.clone() if keep else t]
+        if t.is_complex():
+            t = torch.view_as_real(t)
+        bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
+        # Native width: wrap-around is exact and order-free, hence the same for any number of threads.
+        width = bits.dtype if bits.element_size() >= 4 else torch.int64
+        sums = []
+        for stride in _STRIDES:
+            whole = bits.numel() // stride * stride
+            total = bits[:whole].view(-1, stride).sum(0, dtype=width)
+            total[: bits.numel() - whole] += bits[whole:].to(width)
+            sums.append(total)
+        return sums
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and _bits_equal(x, y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _bits_equal(x: Tensor, y: Tensor) -> bool:
+    if x.is_floating_point():  # A NaN in a buffer equals itself here.
+        x, y = (t.contiguous().view(_INTEGERS[t.element_size()]) for t in (x, y))
+    return torch.equal(x, y)
