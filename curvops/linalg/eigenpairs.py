@@ -1,0 +1,327 @@
+"""A few eigenpairs of a symmetric matrix through ARPACK, complete and with recomputed residuals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import scipy.sparse.linalg as spla
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from curvops.errors import DataError, ShapeError, UnsupportedError
+from curvops.linalg.columns import Counted, check_precision, column_norms, unit_roundoff
+from curvops.linalg.results import Eigenpairs, Report
+from curvops.typing import Array, Matmat
+
+Which = Literal["LA", "SA", "LM", "SM", "BE"]
+# Deflated follow-up runs that look for missed copies of multiple eigenvalues.
+_MAX_FOLLOW_UPS = 20
+# Rayleigh-Ritz steps on [vectors, residuals] where ARPACK's own estimate of a residual was too rosy.
+_POLISHES = 6
+# Products spent on a first idea of the norm.
+_POWER_STEPS = 5
+
+
+@torch.no_grad()
+def eigsh(
+    matmat: Matmat,
+    size: int,
+    k: int,
+    *,
+    which: Which | None = None,
+    sigma: float | None = None,
+    solve: Callable[[Tensor], Tensor] | None = None,
+    tol: float = 0.0,
+    max_iters: int | None = None,
+    v0: Float[Tensor, "P"] | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Eigenpairs, Report]:
+    """k eigenpairs of a symmetric A at one end (or both ends) of its spectrum.
+
+    ARPACK keeps a float64 Krylov space fed by A's products. A Krylov space holds one direction per distinct eigenvalue,
+    so copies of a multiple eigenvalue can be missed; follow-up runs on A with the found vectors projected out look for
+    them until none beats the worst pair kept. A final Rayleigh–Ritz step on all found vectors gives orthonormal
+    vectors, and residuals from that step's own products.
+
+    Args:
+        matmat: `(P, K) → (P, K)` symmetric product.
+        size: P.
+        k: Number of pairs, 1 ≤ k ≤ P.
+        which: "LA" largest (default without sigma), "SA" smallest, "LM" largest in size, "SM" smallest in size, "BE"
+            half from each end, the odd one from the high end. With `sigma` it speaks, as in SciPy, of 1/(λ − σ), and
+            "LM" (the default then) means the eigenvalues nearest to sigma.
+        sigma: Shift of the shift-invert mode; needs `solve`.
+        solve: `(P, K) → (P, K)`, product with (A − σI)⁻¹.
+        tol: ARPACK's relative accuracy of the eigenvalues; 0: roundoff of `dtype`.
+        max_iters: ARPACK's restarts at most; None: 500.
+        v0: `(P,)` start; None: Gaussian from `generator`.
+        generator: Draws the starts; None: seed 0.
+        dtype: float32 or float64, what `matmat` takes.
+        device: Where `matmat` runs.
+        progress: Show the products done.
+
+    Returns:
+        Eigenpairs (values ascending) and a report. If ARPACK gives up, `report.converged` is False and the pairs that
+        did converge are returned, possibly fewer than k.
+
+    Raises:
+        ShapeError, DataError, ValueError: k, which or sizes out of range; NaN from the product.
+        UnsupportedError: `sigma` without `solve`.
+
+    Cost: tens to hundreds of products one column at a time, O(P k) memory; P products and O(P³) where k is so close
+    to P that the Krylov space would be the whole space.
+
+    Source: Lehoucq, Sorensen and Yang (1998), through SciPy.
+    """
+    began = time.perf_counter()
+    check_precision(dtype, "the operator")
+    if size < 1 or not 1 <= k <= size:
+        raise ShapeError(f"k={k} eigenpairs of a ({size}, {size}) operator; expected 1 <= k <= {size}.")
+    if which is None:
+        which = "LA" if sigma is None else "LM"
+    if which not in ("LA", "SA", "LM", "SM", "BE"):
+        raise ValueError(f"which={which!r}; expected 'LA', 'SA', 'LM', 'SM' or 'BE'.")
+    if tol < 0:
+        raise ValueError(f"tol={tol}; expected >= 0.")
+    if max_iters is not None and max_iters < 1:
+        raise ValueError(f"max_iters={max_iters}; expected at least 1.")
+    if v0 is not None and v0.shape != (size,):
+        raise ShapeError(f"v0 has shape {tuple(v0.shape)}; expected ({size},).")
+    A = Counted(matmat)
+    # ARPACK wants more Krylov directions than pairs; where that is the whole space, the dense answer is cheaper.
+    if max(2 * k + 1, 20) >= size:
+        return _dense(A, size, k, which, sigma, dtype, device, began)
+    if sigma is not None and solve is None:
+        raise UnsupportedError("sigma needs `solve`, the product with (A - sigma I)^-1; expected a closure.")
+
+    # Shift-invert iterates on 1/(λ − σ), its residuals are taken of A.
+    driver = A if sigma is None else Counted(solve, "solve")  # pyright: ignore[reportArgumentType]
+    rng = torch.Generator().manual_seed(0) if generator is None else generator
+    bar = tqdm(desc="eigsh", unit="products", disable=not progress, leave=False)
+    with bar:
+        search = _Search(driver, size, tol, max_iters, rng, dtype, device, bar)
+        if which == "BE":
+            Q, complete = search.run("LA", k - k // 2, v0)
+            if k > 1:
+                low, also = search.run("SA", k // 2, v0)
+                Q, complete = torch.cat((Q, low), 1), complete and also
+        elif which == "SM" and sigma is None:
+            # Interior eigenvalues are out of ARPACK's reach; those of A² nearest 0 are at an end.
+            Q, complete = _Search(Counted(lambda V: A(A(V))), size, tol, max_iters, rng, dtype, device, bar).run(
+                "SA", k, v0
+            )
+        else:
+            Q, complete = search.run(which, k, v0)
+
+    largest = max(search.norm if sigma is None else 0.0, abs(sigma or 0.0))
+    tolerance = max(tol, 1e4 * unit_roundoff(dtype))
+    pairs = _rayleigh_ritz(A, Q, dtype, device)
+    if pairs.values.numel() > k:
+        pairs = _take(pairs, _chosen(pairs.values, k, which, sigma))
+    for _ in range(_POLISHES):
+        allowed = tolerance * max([largest, *pairs.values.abs().tolist()])
+        worst = max([0.0, *pairs.residuals.tolist()])
+        if worst <= allowed:
+            break
+        pairs = _polish(A, pairs, allowed)
+    worst = max([0.0, *pairs.residuals.tolist()])
+    allowed = tolerance * max([largest, *pairs.values.abs().tolist()])
+    converged = complete and pairs.values.numel() == k and worst <= allowed
+    reason = f"{search.runs} ARPACK run(s) incl. follow-ups for multiple eigenvalues; largest residual {worst:.1e}."
+    if not converged:
+        reason += (
+            f" {search.trouble or 'Residuals are above ' + format(allowed, '.1e') + '.'} "
+            f"{pairs.values.numel()} of {k} pairs returned; raise max_iters or tol, or ask for more pairs."
+        )
+    products = A.columns if sigma is None else A.columns + driver.columns
+    name = "ARPACK" if sigma is None else "ARPACK shift-invert"
+    return pairs, Report(
+        algorithm=name, matvecs=products, seconds=time.perf_counter() - began, reason=reason, converged=converged
+    )
+
+
+class _Search:
+    """ARPACK runs on one product, each with the vectors found before moved out of the way."""
+
+    def __init__(
+        self,
+        product: Counted,
+        size: int,
+        tol: float,
+        max_iters: int | None,
+        rng: torch.Generator,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        bar: tqdm,
+    ) -> None:
+        self.product, self.size, self.rng, self.bar = product, size, rng, bar
+        self.dtype, self.device = dtype, device
+        self.restarts = 500 if max_iters is None else max_iters
+        self.tol = max(tol, 0.0 if dtype == torch.float64 else 2 * unit_roundoff(dtype))
+        self.runs = 0
+        self.trouble = ""
+        self.norm = 0.0
+        x = self._draw()
+        for _ in range(_POWER_STEPS):
+            y = self._multiply(x)
+            length = float(np.linalg.norm(y))
+            if length == 0.0:
+                break
+            x = y / length
+
+    def run(self, which: str, k: int, v0: Tensor | None) -> tuple[Tensor, bool]:
+        """Float64 orthonormal vectors `(P, ≥ k)` whose span holds the k wanted pairs, and whether all were found."""
+        start = None if v0 is None else v0.detach().to("cpu", torch.float64).numpy().copy()
+        values, Q, complete = self._arpack(which, k, None, start, self.tol)
+        if not complete:
+            return torch.as_tensor(Q), False
+        for _ in range(_MAX_FOLLOW_UPS):
+            # A first look needs few digits: the Ritz value is good to the square of the tolerance.
+            found, _, done = self._arpack(which, 1, Q, None, max(self.tol, 1e-6))
+            if not done:
+                break
+            edge = np.sort(_rank(values, which))[k - 1]
+            if _rank(found, which)[0] >= edge - 1e2 * max(self.tol, 1e-12) * self.norm:
+                return torch.as_tensor(Q), True
+            # From a new start: ARPACK loses digits when it begins at what is nearly an eigenvector.
+            found, V, done = self._arpack(which, 1, Q, None, self.tol)
+            if not done:
+                break
+            Q = np.linalg.qr(np.concatenate((Q, V), 1))[0]
+            values = np.concatenate((values, found))
+        self.trouble = "The follow-up runs did not establish that no copy of a multiple eigenvalue is missing."
+        return torch.as_tensor(Q), False
+
+    def _draw(self) -> Array:
+        return torch.randn(self.size, generator=self.rng, dtype=torch.float64, device=self.rng.device).cpu().numpy()
+
+    def _multiply(self, x: Array) -> Array:
+        V = torch.tensor(x, dtype=self.dtype, device=self.device)
+        y = self.product(V[:, None])[:, 0].to("cpu", torch.float64).numpy()
+        if not np.isfinite(y).all():
+            raise DataError("eigsh: the operator's product holds NaN or infinity; check the parameters and the data.")
+        self.bar.update()
+        length = float(np.linalg.norm(x))
+        if length > 0:
+            self.norm = max(self.norm, float(np.linalg.norm(y)) / length)
+        return y
+
+    def _arpack(
+        self, which: str, k: int, found: Array | None, start: Array | None, tol: float
+    ) -> tuple[Array, Array, bool]:
+        # ARPACK's test is relative to the Ritz value, hopeless for an eigenvalue 0: shift the wanted end away from 0.
+        shift = {"LA": self.norm, "SA": -self.norm}.get(which, 0.0)
+        # Vectors found before get an eigenvalue that nobody asks for.
+        parked = {"LA": 0.0, "SA": 0.0, "LM": 0.0, "SM": 2 * self.norm}[which]
+
+        def multiply(x: Array) -> Array:
+            x = np.ravel(x)
+            if found is None:
+                return self._multiply(x) + shift * x
+            inside = found @ (found.T @ x)
+            outside = x - inside
+            y = self._multiply(outside)
+            return y - found @ (found.T @ y) + shift * outside + parked * inside
+
+        self.runs += 1
+        start = self._draw() if start is None else start
+        if found is not None:
+            start = start - found @ (found.T @ start)
+        operator = spla.LinearOperator((self.size, self.size), matvec=multiply, dtype=np.float64)  # pyright: ignore
+        try:
+            values, vectors = spla.eigsh(operator, k=k, which=which, tol=tol, maxiter=self.restarts, v0=start)
+        except spla.ArpackNoConvergence as error:
+            values = np.asarray(error.eigenvalues)
+            self.trouble = f"ARPACK stopped with {values.size} of {k} pairs converged."
+            return values - shift, np.asarray(error.eigenvectors).reshape(self.size, -1), False
+        return values - shift, vectors, True
+
+
+def _rank(values: Array, which: str) -> Array:
+    """A number per eigenvalue that is the smaller, the more the eigenvalue is wanted."""
+    return {"LA": -values, "SA": values, "LM": -np.abs(values), "SM": np.abs(values)}[which]
+
+
+def _chosen(values: Tensor, k: int, which: str, sigma: float | None) -> Tensor:
+    """Ascending indices of the k wanted among ascending eigenvalues."""
+    if which == "BE" and sigma is None:
+        low = k // 2
+        size = values.numel()
+        return torch.cat((torch.arange(low), torch.arange(size - (k - low), size)))
+    keys = values.to("cpu", torch.float64).numpy()
+    if sigma is not None:
+        with np.errstate(divide="ignore"):
+            keys = 1.0 / (keys - sigma)
+    if which == "BE":
+        order = np.argsort(keys, kind="stable")
+        order = np.concatenate((order[: k // 2], order[len(order) - (k - k // 2) :]))
+    else:
+        order = np.argsort(_rank(keys, which), kind="stable")[:k]
+    return torch.as_tensor(np.sort(order))
+
+
+def _take(pairs: Eigenpairs, which: Tensor) -> Eigenpairs:
+    which = which.to(pairs.values.device)
+    return Eigenpairs(pairs.values[which], pairs.vectors[:, which], pairs.residuals[which])
+
+
+def _rayleigh_ritz(A: Counted, Q: Tensor, dtype: torch.dtype, device: torch.device | str) -> Eigenpairs:
+    """Ritz pairs of A on the span of Q, with the residuals of the products that made them."""
+    size, count = Q.shape
+    if count == 0:
+        empty = torch.zeros(0, dtype=dtype, device=device)
+        return Eigenpairs(empty, torch.zeros(size, 0, dtype=dtype, device=device), empty)
+    Q = torch.linalg.qr(Q)[0].to(device=device, dtype=dtype)
+    W = A(Q).double()
+    Q = Q.double()
+    H = Q.T @ W
+    values, U = torch.linalg.eigh((H + H.T) / 2)
+    vectors = Q @ U
+    residuals = column_norms(W @ U - vectors * values)
+    return Eigenpairs(values.to(dtype), vectors.to(dtype), residuals.to(dtype))
+
+
+def _polish(A: Counted, pairs: Eigenpairs, allowed: float) -> Eigenpairs:
+    """Ritz pairs on the span of the vectors and of the residuals above `allowed`, those nearest the old span."""
+    dtype, device = pairs.values.dtype, pairs.values.device
+    V = pairs.vectors
+    bad = pairs.residuals > allowed
+    R = (A(V[:, bad]) - V[:, bad] * pairs.values[bad]).double()
+    V = V.double()
+    R = R - V @ (V.T @ R)
+    Q = torch.linalg.qr(torch.cat((V, R / column_norms(R).clamp_min(torch.finfo(dtype).tiny)), 1))[0]
+    wider = _rayleigh_ritz(A, Q, dtype, device)
+    overlap = column_norms(V.T @ wider.vectors.double())
+    kept = overlap.argsort(descending=True)[: V.shape[1]].sort().values
+    better = _take(wider, kept)
+    return better if float(better.residuals.max()) < float(pairs.residuals.max()) else pairs
+
+
+def _dense(
+    A: Counted,
+    size: int,
+    k: int,
+    which: str,
+    sigma: float | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    began: float,
+) -> tuple[Eigenpairs, Report]:
+    M = A(torch.eye(size, dtype=dtype, device=device))
+    if not bool(torch.isfinite(M).all()):
+        raise DataError("eigsh: the operator's product holds NaN or infinity; check the parameters and the data.")
+    M = M.double()
+    values, vectors = torch.linalg.eigh((M + M.T) / 2)
+    residuals = column_norms(M @ vectors - vectors * values)
+    pairs = Eigenpairs(values.to(dtype), vectors.to(dtype), residuals.to(dtype))
+    pairs = _take(pairs, _chosen(values, k, which, sigma))
+    reason = f"a Krylov space for k={k} would be all of P={size}: dense eigh of the {size} columns."
+    return pairs, Report(algorithm="dense eigh", matvecs=A.columns, seconds=time.perf_counter() - began, reason=reason)
