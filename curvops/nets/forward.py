@@ -84,7 +84,9 @@ class Network:
 
     def call(self, x: Inputs) -> Any:
         """The module's raw output; no guard, no check."""
-        return self.module(**x) if self.by_keyword(x) else self.module(x)
+        if isinstance(x, Mapping) and self.by_keyword(x):
+            return self.module(**dict(x))
+        return self.module(x)
 
     @contextmanager
     def differentiable(self, device: torch.device) -> Iterator[None]:
@@ -150,11 +152,6 @@ class Network:
         if not bool(output.detach().isfinite().all()):
             raise DataError("the network's outputs hold NaN or infinite values; look at the inputs' scale")
         return output
-
-
-def batch_size(x: Inputs, f: Tensor) -> int:
-    """Number of data in a batch: the outputs' first axis."""
-    return int(f.shape[0])
 
 
 def take(x: Inputs, start: int, stop: int, size: int) -> Inputs:

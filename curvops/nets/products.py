@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from curvops.errors import CurvopsError, ShapeError, UnsupportedError
-from curvops.nets.forward import Inputs, Network, explained, explained_product
+from curvops.nets.forward import Inputs, Network, explained_product
 from curvops.nets.graph import graph_bytes
 from curvops.nets.parameters import ParameterSelection
-from curvops.nets.patches import recording, unhooked
+from curvops.nets.patches import recording, tracked_only, unhooked
 
 Engine = Literal["double_backward"]
+
+_T = TypeVar("_T")
 
 
 class Loss(Protocol):
@@ -42,6 +45,7 @@ class _Kept:
         """Whether K columns run in one vectorised pass; None before the first product with K > 1 has tried."""
         self._network = network
         self._released = False
+        self._recomputes = False
 
     def _check(self, v: Tensor, shape: tuple[int, ...], what: str) -> None:
         if self._released:
@@ -56,19 +60,33 @@ class _Kept:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """`autograd.grad` for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None for zero."""
-        columns = cotangents[0].shape[0]
-        with recording(), unhooked(self.selection.tensors):
-            try:
-                if columns == 1:
-                    single = torch.autograd.grad(
-                        outputs, inputs, [c[0] for c in cotangents], retain_graph=True, allow_unused=True
-                    )
-                    return [None if g is None else g.unsqueeze(0) for g in single]
-                if self.batched is None:
-                    return self._probe(outputs, inputs, cotangents)
-                return (_vectorised if self.batched else _looped)(outputs, inputs, cotangents)
-            except RuntimeError as error:
-                raise explained_product(error) from error
+
+        def run() -> list[Tensor | None]:
+            if cotangents[0].shape[0] == 1:
+                return _looped(outputs, inputs, cotangents)
+            if self.batched is None:
+                return self._probe(outputs, inputs, cotangents)
+            return (_vectorised if self.batched else _looped)(outputs, inputs, cotangents)
+
+        return self._guarded(run)
+
+    def _guarded(self, run: Callable[[], _T]) -> _T:
+        """A pass over the graph with autograd on and the user's hooks silent; RuntimeErrors explained."""
+        try:
+            with recording(), unhooked(self.selection.tensors):
+                if not self._recomputes:
+                    try:
+                        return run()
+                    except CheckpointError:
+                        # Checkpointed parts run their forward again, which must then see what the first one saw.
+                        self._recomputes = True
+                with (
+                    self._network.differentiable(self.selection.device),
+                    tracked_only(self._network.module, self.selection.tensors),
+                ):
+                    return run()
+        except RuntimeError as error:
+            raise explained_product(error) from error
 
     def _probe(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
@@ -78,7 +96,9 @@ class _Kept:
             warnings.simplefilter("always")
             try:
                 result = _vectorised(outputs, inputs, cotangents)
-            except (RuntimeError, NotImplementedError):
+            except CheckpointError:
+                raise
+            except RuntimeError:
                 result = None
         # PyTorch warns where it loops inside one operation: then the plain loop costs the same and cannot err.
         self.batched = result is not None and not any("performance drop" in str(w.message) for w in caught)
@@ -162,14 +182,11 @@ class Linearisation(_Kept):
         self._f = self.outputs
 
     def _build_tangent(self) -> tuple[Tensor, list[int], list[Tensor]]:
-        with recording(), self._network.differentiable(self.outputs.device), unhooked(self.selection.tensors):
+        with recording():
             dummy = torch.zeros_like(self.outputs, requires_grad=True)
-            try:
-                adjoint = torch.autograd.grad(
-                    self._f, self.selection.tensors, dummy, create_graph=True, allow_unused=True
-                )
-            except RuntimeError as error:
-                raise explained_product(error) from error
+        adjoint = self._guarded(
+            lambda: torch.autograd.grad(self._f, self.selection.tensors, dummy, create_graph=True, allow_unused=True)
+        )
         which = [i for i, g in enumerate(adjoint) if g is not None and g.requires_grad]
         self._tangent = (dummy, which, [g for g in adjoint if g is not None and g.requires_grad])
         return self._tangent
@@ -207,14 +224,13 @@ class HessianProduct(_Kept):
         super().__init__(network, selection, engine)
         f = network(x, selection.tensors)
         self.outputs: Tensor = f.detach()
-        with network.differentiable(f.device), unhooked(selection.tensors):
+        with recording():
             loss = likelihood.loss(f, y.clone() if y.is_inference() else y.detach())
-            grads: Sequence[Tensor | None] = [None] * len(selection.tensors)
-            if loss.requires_grad:
-                try:
-                    grads = torch.autograd.grad(loss, selection.tensors, create_graph=True, allow_unused=True)
-                except RuntimeError as error:
-                    raise explained(error) from error
+        grads: Sequence[Tensor | None] = [None] * len(selection.tensors)
+        if loss.requires_grad:
+            grads = self._guarded(
+                lambda: torch.autograd.grad(loss, selection.tensors, create_graph=True, allow_unused=True)
+            )
         self.loss: Tensor = loss.detach()
         self.gradient: Tensor = selection.join_rows([None if g is None else g.detach() for g in grads], 1)[0]
         self._which = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
@@ -244,9 +260,6 @@ class HessianProduct(_Kept):
         self._grads = []
 
 
-_Pass = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], "list[Tensor | None]"]
-
-
 def _vectorised(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -259,6 +272,8 @@ def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seq
         torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
         for k in range(cotangents[0].shape[0])
     ]
+    if len(rows) == 1:
+        return [None if g is None else g.unsqueeze(0) for g in rows[0]]
     stacked: list[Tensor | None] = []
     for column in zip(*rows, strict=True):
         like = next((g for g in column if g is not None), None)
