@@ -136,8 +136,7 @@ def differentiable(device: torch.device, *, recurrent: bool = False, embeddings:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_plain_recurrence())
         if embeddings:
             stack.enter_context(PlainEmbedding())
         # Nothing can be compiled unless dynamo was imported, and importing it takes seconds.
@@ -146,6 +145,19 @@ def differentiable(device: torch.device, *, recurrent: bool = False, embeddings:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    # The public `flags` contexts would also reset the user's benchmark, determinism and TF32 choices.
+    cudnn, onednn = torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()
+    try:
+        torch._C._set_cudnn_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(cudnn)
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 @contextmanager

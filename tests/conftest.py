@@ -1,0 +1,31 @@
+"""Fixtures for every test; `reference` and `conftest` are importable from anywhere below."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device there is; CUDA tests are skipped without one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Both precisions."""
+    return request.param
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A private generator, seed 0."""
+    return torch.Generator().manual_seed(0)
