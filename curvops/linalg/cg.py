@@ -12,18 +12,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvops.errors import DataError, NotPositiveDefiniteError
-from curvops.linalg.columns import Answers, Counted, System, column_dots, column_norms, prepare, unit_roundoff
+from curvops.linalg.columns import (
+    Answers,
+    Counted,
+    System,
+    column_dots,
+    column_norms,
+    norm_seen,
+    outside_range,
+    prepare,
+    unit_roundoff,
+)
 from curvops.linalg.results import SolveReport
 from curvops.typing import Matmat
 
 _SENTENCES = {
     "max_iters": "the iteration limit was reached; raise max_iters, add damping or a preconditioner.",
     "stagnated": "the recomputed residual no longer falls; loosen rtol, use float64, or refine=True.",
-    "range": "the residual lies in the null space of the operator to working precision, so b is not in the range of "
-    "the operator; add a diagonal or project b.",
+    "range": "b has a component along a direction p with p'Ap zero to working precision, so b is not in the range of "
+    "the operator (or the operator is singular to working precision); add a diagonal or project b.",
 }
 # Checks of the true residual without a halving after which a column is given up.
 _PATIENCE = 3
+# Iterations between looks at whether rounding has made the target unattainable.
+_FUTILITY = 64
 
 
 @torch.no_grad()
@@ -48,7 +60,7 @@ def cg(
         matmat: `(P, K) → (P, K)`, the product with A; symmetric.
         B: `(P, K)` right-hand sides, float32 or float64.
         rtol: Target of the true relative residual ‖b − Ax‖/‖b‖ of *every* column, > 0. There is no absolute one.
-        max_iters: Most iterations; None: `min(max(10 P, 100), 10_000)`.
+        max_iters: Most iterations; None: `min(max(10 P, 1000), 10_000)`.
         preconditioner: `(P, K) → (P, K)`, product with a symmetric positive definite M ≈ A⁻¹.
         x0: `(P, K)` start. For a singular A the answer is then the solution closest to x0.
         progress: Show a progress bar.
@@ -106,7 +118,7 @@ def _iterate(
         X = system.X[:, columns].clone()
         AX = A(X)
         R = B - AX
-        norm = _norm_seen(norm, AX, X)
+        norm = norm_seen(norm, AX, X)
         met, _, _ = answers.judge(system, columns, X, R, float(norm))
         keep = ~met
         columns, B, X, R = columns[keep], B[:, keep], X[:, keep], R[:, keep]
@@ -117,7 +129,6 @@ def _iterate(
     target = (0.999 * system.rtol * system.norms[columns]) ** 2
     last = torch.full_like(target, math.inf)
     strikes = torch.zeros_like(target)
-    fresh: Tensor | None = torch.ones_like(target, dtype=torch.bool)
 
     Z, rz = _precondition(M, R)
     D = Z.clone()
@@ -136,24 +147,28 @@ def _iterate(
             iterations += 1
             bar.update()
             restart = None
-            if bool(torch.logical_and(sound, rr > target).all()):
-                fresh = None
-            else:
-                event = ~sound | (rr <= target)
+            event = ~sound | (rr <= target)
+            if iterations % _FUTILITY == 0:
+                # ‖x‖ only grows: once rounding alone exceeds rtol, a residual of that size is the end of the road.
+                rounding = 2 * unit_roundoff(dtype) * norm * column_norms(X) / system.norms[columns]
+                event |= (rounding >= system.rtol) & (rr <= (2 * rounding * system.norms[columns]) ** 2)
+            if bool(event.any()):
                 if not bool(sound.all()):
                     _refuse_negative(curvature[~sound], float(norm), floor)
                 checked = event.nonzero().flatten()
                 AX = A(X[:, checked])
                 Rt = B[:, checked] - AX
-                norm = _norm_seen(norm, AX, X[:, checked])
+                norm = norm_seen(norm, AX, X[:, checked])
                 met, relative, slack = answers.judge(system, columns[checked], X[:, checked], Rt, float(norm))
                 halved = relative <= 0.5 * last[checked]
                 last[checked] = relative
                 strikes[checked] = torch.where(halved, 0.0, strikes[checked] + 1)
                 broken = ~sound[checked]
-                null = broken & (fresh[checked] if fresh is not None else torch.zeros_like(broken)) & ~met
+                null = broken & ~met & outside_range(B[:, checked], D[:, checked], system.rtol)
                 limit = (slack >= system.rtol) & (relative <= 4 * slack)
                 stuck = ~met & ~null & ((strikes[checked] >= _PATIENCE) | limit)
+                # Along p the iterate has run away; where its residual shows it, zero is the better answer.
+                answers.judge(system, columns[checked[null]], 0 * X[:, checked[null]], B[:, checked[null]], float(norm))
                 answers.fail("range", columns[checked[null]])
                 answers.fail("stagnated", columns[checked[stuck]])
 
@@ -172,7 +187,6 @@ def _iterate(
                     if not columns.numel():
                         return iterations
                 rr = column_dots(R, R)
-                fresh = restart
             if M is None:
                 Z, rz_new = R, rr
             else:
@@ -183,7 +197,7 @@ def _iterate(
             D.mul_(beta).add_(Z)
             rz = rz_new
     AX = A(X)
-    met, _, _ = answers.judge(system, columns, X, B - AX, float(_norm_seen(norm, AX, X)))
+    met, _, _ = answers.judge(system, columns, X, B - AX, float(norm_seen(norm, AX, X)))
     answers.fail("max_iters", columns[~met])
     return iterations
 
@@ -213,8 +227,3 @@ def _refuse_negative(curvature: Tensor, norm: float, floor: float) -> None:
             f"CG met a direction p with p'Ap/p'p = {lowest:.3e} < 0 (largest met: {norm:.3e}): the operator is not "
             f"positive semidefinite. Use MINRES(), or add_diagonal(d) with d > {-lowest:.3g}."
         )
-
-
-def _norm_seen(norm: Tensor, AX: Tensor, X: Tensor) -> Tensor:
-    """Lower bound on ‖A‖ raised by what a product has shown."""
-    return torch.maximum(norm, (column_norms(AX) / column_norms(X)).nan_to_num(0.0, 0.0).amax())

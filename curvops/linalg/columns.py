@@ -1,4 +1,4 @@
-"""What every column-wise solver does before and after its iteration: checks, exact scaling, counted products, verdicts."""
+"""Checks, exact scaling, counted products and verdicts: what every column-wise solver shares."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def column_dots(V: Tensor, W: Tensor) -> Tensor:
 def column_norms(V: Tensor) -> Tensor:
     """`(K,)` 2-norms of the columns."""
     return torch.linalg.vector_norm(V, dim=0)
+
+
+def norm_seen(norm: Tensor, AX: Tensor, X: Tensor) -> Tensor:
+    """Lower bound on ‖A‖, raised by what the product A X has shown."""
+    return torch.maximum(norm, (column_norms(AX) / column_norms(X)).nan_to_num(0.0, 0.0).amax())
+
+
+def outside_range(B: Tensor, D: Tensor, rtol: float) -> Tensor:
+    """Whether directions p with Ap = 0 prove b out of reach: then ‖b − Ax‖ ≥ |pᵀb|/‖p‖ whatever x is."""
+    return column_dots(B, D).abs() > rtol * column_norms(B) * column_norms(D)
 
 
 def check_precision(dtype: torch.dtype, what: str = "B") -> None:
@@ -90,7 +100,7 @@ def prepare(B: Tensor, x0: Tensor | None, rtol: float, max_iters: int | None) ->
         B: `(P, K)` right-hand sides, finite, float32 or float64.
         x0: `(P, K)` start or None.
         rtol: Relative tolerance, > 0.
-        max_iters: ≥ 1, or None for `min(max(10 P, 100), 10_000)`: rounding can cost CG several times the P iterations
+        max_iters: ≥ 1, or None for `min(max(10 P, 1000), 10_000)`: rounding can cost CG several times the P iterations
             that exact arithmetic needs, and past ten thousand a better preconditioner is the answer, not patience.
 
     Raises:
@@ -104,7 +114,7 @@ def prepare(B: Tensor, x0: Tensor | None, rtol: float, max_iters: int | None) ->
     if not rtol > 0 or not math.isfinite(rtol):
         raise ValueError(f"rtol={rtol!r}; expected a positive number, the target of ||b - Ax||/||b||.")
     if max_iters is None:
-        max_iters = min(max(10 * B.shape[0], 100), 10_000)
+        max_iters = min(max(10 * B.shape[0], 1000), 10_000)
     if max_iters < 1:
         raise ValueError(f"max_iters={max_iters}; expected at least 1.")
     B = B.detach()

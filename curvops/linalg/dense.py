@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError
+from curvops.typing import Vector
 
 
 def _check_square(M: Tensor) -> None:
@@ -81,7 +82,7 @@ def logdet_cholesky(L: Float[Tensor, "P P"]) -> Float[Tensor, ""]:
     return 2 * L.diagonal().log().sum()
 
 
-def eigh(M: Float[Tensor, "P P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P P"]]:
+def eigh(M: Float[Tensor, "P P"]) -> tuple[Vector, Float[Tensor, "P P"]]:
     """Eigenvalues ascending and orthonormal eigenvectors of symmetric M (lower triangle read). Cost O(9 P³).
 
     The gradient of the vectors exists only where eigenvalues are distinct; that of the values always.

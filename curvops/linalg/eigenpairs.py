@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse.linalg as spla
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from curvops.errors import DataError, ShapeError, UnsupportedError
 from curvops.linalg.columns import Counted, check_precision, column_norms, unit_roundoff
 from curvops.linalg.results import Eigenpairs, Report
-from curvops.typing import Array, Matmat
+from curvops.typing import Array, Matmat, Vector
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
 # Deflated follow-up runs that look for missed copies of multiple eigenvalues.
@@ -38,7 +37,7 @@ def eigsh(
     solve: Callable[[Tensor], Tensor] | None = None,
     tol: float = 0.0,
     max_iters: int | None = None,
-    v0: Float[Tensor, "P"] | None = None,
+    v0: Vector | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -237,7 +236,9 @@ class _Search:
             start = start - found @ (found.T @ start)
         operator = spla.LinearOperator((self.size, self.size), matvec=multiply, dtype=np.float64)  # pyright: ignore
         try:
-            values, vectors = spla.eigsh(operator, k=k, which=which, tol=tol, maxiter=self.restarts, v0=start)
+            # SciPy's stub types tol by its default, the integer 0.
+            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": start}
+            values, vectors = spla.eigsh(operator, k=k, which=which, **options)
         except spla.ArpackNoConvergence as error:
             values = np.asarray(error.eigenvalues)
             self.trouble = f"ARPACK stopped with {values.size} of {k} pairs converged."
