@@ -53,7 +53,7 @@ class Network:
         Args:
             x: Inputs of one batch.
             selected: The parameters to track; the graph keeps nothing for the sake of others. None tracks all that
-                require a gradient.
+                require a gradient, the empty tuple none.
             detach: Cut `x` off its own graph (False to differentiate through it).
 
         Returns:
@@ -82,6 +82,10 @@ class Network:
                 raise _explained_forward(error, self.module, x) from error
             return self._normalised(output, x)
 
+    def evaluate(self, x: Inputs) -> Tensor:
+        """As calling, without a graph: f, detached. One forward."""
+        return self(x, ()).detach()
+
     def call(self, x: Inputs) -> Any:
         """The module's raw output; no guard, no check."""
         if isinstance(x, Mapping) and self.by_keyword(x):
@@ -109,6 +113,18 @@ class Network:
             )
         return True
 
+    def output_tensor(self, output: Any) -> Tensor:
+        """The tensor within a raw output: itself, or its `logits`."""
+        if isinstance(output, Tensor):
+            return output
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ShapeError(
+                f"the forward of {type(self.module).__name__} returned {type(output).__name__}; expected a Tensor "
+                "(B, C) or (B, T, C), or an output with .logits: wrap the model in a module that returns that part"
+            )
+        return logits
+
     def check_modes(self) -> None:
         """Refuse modules that are random, or that mix or remember batches, in the mode they are in.
 
@@ -123,14 +139,7 @@ class Network:
                 raise kind(f"module {path or '(the model itself)'!r} ({type(module).__name__}) {why}")
 
     def _normalised(self, output: Any, x: Inputs) -> Tensor:
-        if not isinstance(output, Tensor):
-            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-            if not isinstance(logits, Tensor):
-                raise ShapeError(
-                    f"the forward of {type(self.module).__name__} returned {type(output).__name__}; expected a Tensor "
-                    "(B, C) or (B, T, C), or an output with .logits: wrap the model in a module that returns that part"
-                )
-            output = logits
+        output = self.output_tensor(output)
         if output.ndim not in (2, 3):
             advice = "return f.unsqueeze(-1)" if output.ndim == 1 else "flatten the positions: f.flatten(1, -2)"
             raise ShapeError(
@@ -158,7 +167,7 @@ def take(x: Inputs, start: int, stop: int, size: int) -> Inputs:
     """Data `start … stop` of a batch of `size`: every tensor whose first axis is the batch is sliced, the rest kept."""
     if isinstance(x, Tensor):
         return x[start:stop]
-    return _rebuilt(x, lambda v: v[start:stop] if is_batched(v, size) else v)
+    return rebuilt(x, {k: v[start:stop] for k, v in x.items() if is_batched(v, size)})
 
 
 def is_batched(value: Any, size: int) -> bool:
@@ -262,12 +271,12 @@ def _prepared(x: Inputs, detach: bool) -> Inputs:
         return one(x)
     if not any(isinstance(v, Tensor) and (v.is_inference() or v.requires_grad) for v in x.values()):
         return x
-    return _rebuilt(x, one)
+    return rebuilt(x, {k: one(v) for k, v in x.items()})
 
 
-def _rebuilt(x: Mapping[str, Any], change: Any) -> Mapping[str, Any]:
-    """A mapping of the same kind (a BatchEncoding stays one) with changed values."""
-    changed = {k: change(v) for k, v in x.items()}
+def rebuilt(x: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A mapping of the same kind (a BatchEncoding stays one) with some values changed."""
+    changed = {**x, **values}
     if type(x) is dict:
         return changed
     try:

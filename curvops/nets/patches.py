@@ -199,3 +199,28 @@ def tracked_only(model: nn.Module, selected: Sequence[Tensor]) -> Iterator[None]
     finally:
         for p in paused:
             p.requires_grad_(True)
+
+
+@contextmanager
+def substituted(model: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters replaced by other tensors wherever the model registers them.
+
+    `torch.func.functional_call` leaves its own tensors on a module registered under two names; here every module is
+    visited once, and what it held is put back, whatever happens.
+    """
+    instead = {id(a): b for a, b in zip(old, new, strict=True)}
+    held = [(m, dict(m._parameters)) for m in model.modules() if any(id(p) in instead for p in m._parameters.values())]
+    flat = [(m, m._flat_weights) for m, _ in held if isinstance(m, nn.RNNBase)]
+    try:
+        for m, parameters in held:
+            for key, p in parameters.items():
+                if id(p) in instead:
+                    m._parameters[key] = instead[id(p)]  # type: ignore[assignment]
+        for m, weights in flat:
+            m._flat_weights = [instead.get(id(w), w) for w in weights]  # type: ignore[misc]
+        yield
+    finally:
+        for m, parameters in held:
+            m._parameters.update(parameters)
+        for m, weights in flat:
+            m._flat_weights = weights
