@@ -1,0 +1,451 @@
+"""Sums, multiples, products and transposes, and the rules that simplify them without computing anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvops.errors import ShapeError
+from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.diagonal import Identity, Zero, diagonal_of
+from curvops.operators.formula import Formula, scalar_text
+from curvops.operators.lowrank import LowRank, LowRankPlusDiagonal
+
+if TYPE_CHECKING:
+    from curvops.operators.eigen import Eigen
+
+
+# -------------------------------------------------------------------- rules
+
+
+def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
+    """`left + right`: equal operators are counted, structured pairs merge, zeros vanish."""
+    _require_alike(left, right, "+")
+    if left.shape != right.shape:
+        raise ShapeError(f"cannot add {left!r} of shape {left.shape} and {right!r} of shape {right.shape}.")
+    terms: list[LinearOperator] = []
+    for term in (*_terms(left), *_terms(right)):
+        terms = _with_term(terms, term)
+    if not terms:
+        return Zero(left.shape, left.dtype, left.device)
+    return terms[0] if len(terms) == 1 else Sum(*terms)
+
+
+def scale(factor: Scalar, operator: LinearOperator) -> LinearOperator:
+    """`factor · operator`: scalars are pulled to the front of sums and products, 1 vanishes, 0 gives `Zero`."""
+    if isinstance(factor, Tensor):
+        if factor.dim() != 0:
+            raise ShapeError(f"a scalar factor is a float or a 0-dim tensor; got shape {tuple(factor.shape)}.")
+        factor = factor.to(operator.device, operator.dtype)
+    elif factor == 1:
+        return operator
+    elif factor == 0:
+        return Zero(operator.shape, operator.dtype, operator.device)
+    if isinstance(operator, Scaled):
+        return scale(factor * operator.factor, operator.operator)
+    if isinstance(operator, Sum):
+        return Sum(*(scale(factor, term) for term in operator.terms))
+    simpler = operator._scaled(factor)
+    return Scaled(factor, operator) if simpler is None else simpler
+
+
+def multiply(left: LinearOperator, right: LinearOperator) -> LinearOperator:
+    """`left @ right`: scalars move out, identities vanish, structured neighbours merge."""
+    _require_alike(left, right, "@")
+    if left.shape[1] != right.shape[0]:
+        raise ShapeError(f"cannot multiply {left!r} of shape {left.shape} and {right!r} of shape {right.shape}.")
+    front, left = _split_scalar(left)
+    back, right = _split_scalar(right)
+    if isinstance(right, Identity):
+        return scale(front * back * right.scale, left)
+    if isinstance(right, Zero):
+        return Zero((left.shape[0], right.shape[1]), left.dtype, left.device)
+    factors = [*_factors(left)]
+    for factor in _factors(right):
+        simpler = factors[-1]._times(factor)
+        factors = [*factors, factor] if simpler is None else [*factors[:-1], simpler]
+    return scale(front * back, factors[0] if len(factors) == 1 else Product(*factors))
+
+
+def _with_term(terms: list[LinearOperator], term: LinearOperator) -> list[LinearOperator]:
+    if isinstance(term, Zero):
+        return terms
+    for index, present in enumerate(terms):
+        merged = _merge(present, term)
+        if merged is not None:
+            rest = [*terms[:index], *terms[index + 1 :]]
+            return rest if isinstance(merged, Zero) else [*terms[:index], merged, *terms[index + 1 :]]
+    return [*terms, term]
+
+
+def _merge(left: LinearOperator, right: LinearOperator) -> LinearOperator | None:
+    (a, A), (b, B) = _split_scalar(left), _split_scalar(right)
+    if A is B:
+        return scale(a + b, A)
+    merged = left._plus(right)
+    return right._plus(left) if merged is None else merged
+
+
+def _split_scalar(operator: LinearOperator) -> tuple[Scalar, LinearOperator]:
+    return (operator.factor, operator.operator) if isinstance(operator, Scaled) else (1.0, operator)
+
+
+def _terms(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+    return operator.terms if isinstance(operator, Sum) else (operator,)
+
+
+def _factors(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+    return operator.factors if isinstance(operator, Product) else (operator,)
+
+
+def _require_alike(left: LinearOperator, right: LinearOperator, sign: str) -> None:
+    if (left.dtype, left.device) != (right.dtype, right.device):
+        raise ShapeError(
+            f"{left!r} {sign} {right!r}: {left.dtype} on {left.device} and {right.dtype} on {right.device}; "
+            f"convert one with .to(...)."
+        )
+
+
+# -------------------------------------------------------------------- nodes
+
+
+class Sum(LinearOperator):
+    """`A₁ + A₂ + …`; closed forms where the terms share an eigenbasis or are low rank with a diagonal."""
+
+    def __init__(self, *terms: LinearOperator) -> None:
+        self.terms = terms
+        budgets = [term.memory_budget for term in terms if term.memory_budget is not None]
+        super().__init__(
+            terms[0].shape, terms[0].dtype, terms[0].device, memory_budget=min(budgets) if budgets else None
+        )
+
+    @property
+    def is_symmetric(self) -> bool:
+        return all(term.is_symmetric for term in self.terms)
+
+    @property
+    def is_psd(self) -> bool:
+        bound = self.lower_bound
+        return self.is_symmetric and bound is not None and bound >= 0
+
+    @property
+    def lower_bound(self) -> float | None:
+        bounds = [term.lower_bound for term in self.terms]
+        known = [bound for bound in bounds if bound is not None]
+        return math.fsum(known) if len(known) == len(bounds) else None
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        result = self.terms[0]._apply(V)
+        for term in self.terms[1:]:
+            result = result + term._apply(V)
+        return result
+
+    def _rmatmat(self, V: Tensor) -> Tensor:
+        result = self.terms[0]._rapply(V)
+        for term in self.terms[1:]:
+            result = result + term._rapply(V)
+        return result
+
+    def _exact(self, verb_name: str) -> str | None:
+        if verb_name in ("trace", "diagonal", "dense"):
+            routes = [term._exact(verb_name) for term in self.terms]
+            return None if any(route is None for route in routes) else "term by term"
+        if self._shifted() is not None:
+            return f"{self._shifted_name(verb_name)} of the first term, shifted"
+        if self._woodbury_parts() is not None:
+            return {"solve": "Woodbury", "logdet": "determinant lemma", "slogdet": "determinant lemma"}.get(verb_name)
+        return None
+
+    def _shifted_name(self, verb_name: str) -> str:
+        shifted = self._shifted()
+        assert shifted is not None
+        return shifted[0]._exact("function") or "eigendecomposition"
+
+    def _has_spectral(self) -> bool:
+        return self._shifted() is not None
+
+    def _spectral(self) -> Eigen:
+        shifted = self._shifted()
+        assert shifted is not None
+        operator, identity = shifted
+        damped = operator._spectral()._plus(identity)
+        assert damped is not None
+        return damped  # type: ignore[return-value]
+
+    def _solve(self, B: Tensor) -> Tensor:
+        return self._closed_form()._solve(B)
+
+    def _logdet(self) -> Tensor:
+        return self._closed_form()._logdet()
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        return self._closed_form()._slogdet()
+
+    def _diagonal(self) -> Tensor:
+        return torch.stack([term._diagonal() for term in self.terms]).sum(0)
+
+    def _trace(self) -> Tensor:
+        return torch.stack([term._trace() for term in self.terms]).sum()
+
+    def _dense(self) -> Tensor:
+        result = self.terms[0]._dense()
+        for term in self.terms[1:]:
+            d = diagonal_of(term)
+            result = result + term._dense() if d is None else result.diagonal_scatter(result.diagonal() + d)
+        return result
+
+    def _transpose(self) -> LinearOperator:
+        return Sum(*(term.T for term in self.terms))
+
+    def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator:
+        parts = [term.submatrix(rows, columns) for term in self.terms]
+        total = parts[0]
+        for part in parts[1:]:
+            total = add(total, part)
+        return total
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return self.terms
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Sum(*(term._to(dtype, device) for term in self.terms))
+
+    def _formula(self) -> Formula:
+        return Formula("sum", children=tuple(term._formula() for term in self.terms))
+
+    def _shifted(self) -> tuple[LinearOperator, Identity] | None:
+        """The pair (A with an eigendecomposition, multiple of the identity), when the sum is one."""
+        if len(self.terms) != 2:
+            return None
+        for operator, other in (self.terms, self.terms[::-1]):
+            if isinstance(other, Identity) and operator._has_spectral():
+                return operator, other
+        return None
+
+    def _woodbury_parts(self) -> tuple[LowRank, Tensor] | None:
+        """The pair (low rank, positive diagonal), when the sum is one."""
+        if len(self.terms) != 2:
+            return None
+        for operator, other in (self.terms, self.terms[::-1]):
+            d = diagonal_of(other)
+            if isinstance(operator, LowRank) and d is not None and bool((d.detach() > 0).all()):
+                return operator, d
+        return None
+
+    def _closed_form(self) -> LinearOperator:
+        parts = self._woodbury_parts()
+        # With δI the determinant lemma is also cheaper to differentiate than an eigendecomposition of equal values.
+        return self._spectral() if parts is None else LowRankPlusDiagonal(*parts)
+
+
+class Scaled(LinearOperator):
+    """`c · A` with c a float or a 0-dim tensor that gradients reach."""
+
+    def __init__(self, factor: Scalar, operator: LinearOperator) -> None:
+        super().__init__(
+            operator._known_shape(), operator.dtype, operator.device, memory_budget=operator.memory_budget  # type: ignore[arg-type]
+        )
+        self.factor, self.operator = factor, operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.operator.shape
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.operator.is_symmetric
+
+    @property
+    def is_psd(self) -> bool:
+        return self.operator.is_psd and float(self.factor) >= 0
+
+    @property
+    def lower_bound(self) -> float | None:
+        bound = self.operator.lower_bound
+        return None if bound is None or float(self.factor) < 0 else float(self.factor) * bound
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.factor * self.operator._apply(V)
+
+    def _rmatmat(self, V: Tensor) -> Tensor:
+        return self.factor * self.operator._rapply(V)
+
+    def _exact(self, verb_name: str) -> str | None:
+        return self.operator._exact(verb_name)
+
+    def _has_spectral(self) -> bool:
+        return self.operator._has_spectral()
+
+    def _spectral(self) -> Eigen:
+        return self.operator._spectral()._scaled(self.factor)  # type: ignore[return-value]
+
+    def _solve(self, B: Tensor) -> Tensor:
+        return self.operator._solve(B) / self.factor
+
+    def _logdet(self) -> Tensor:
+        if self._has_spectral() or float(self.factor) <= 0:
+            return self._spectral()._logdet()
+        return self.operator._logdet() + self.shape[0] * self._log_factor()
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabs = self.operator._slogdet()
+        flip = -1.0 if float(self.factor) < 0 and self.shape[0] % 2 else 1.0
+        return flip * sign, logabs + self.shape[0] * self._log_factor()
+
+    def _diagonal(self) -> Tensor:
+        return self.factor * self.operator._diagonal()
+
+    def _trace(self) -> Tensor:
+        return self.factor * self.operator._trace()
+
+    def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+        return self.operator._function(lambda x: f(self.factor * x), V)
+
+    def _dense(self) -> Tensor:
+        return self.factor * self.operator._dense()
+
+    def _gram(self) -> LinearOperator | None:
+        gram = self.operator._gram() if float(self.factor) > 0 else None
+        return None if gram is None else scale(self.factor, gram)
+
+    def _factor(self) -> LinearOperator | None:
+        factor = self.operator._factor() if float(self.factor) > 0 else None
+        return None if factor is None else scale(self._root(), factor)
+
+    def _root(self) -> Scalar:
+        return self.factor.sqrt() if isinstance(self.factor, Tensor) else math.sqrt(self.factor)
+
+    def _transpose(self) -> LinearOperator:
+        return scale(self.factor, self.operator.T)
+
+    def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator:
+        return scale(self.factor, self.operator.submatrix(rows, columns))
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return (self.operator,)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        factor = self.factor.to(device, dtype) if isinstance(self.factor, Tensor) else self.factor
+        return Scaled(factor, self.operator._to(dtype, device))
+
+    def _formula(self) -> Formula:
+        return Formula("scaled", scalar_text(self.factor), (self.operator._formula(),))
+
+    def _known_shape(self) -> tuple[int | None, int | None]:
+        return self.operator._known_shape()
+
+    def _log_factor(self) -> Tensor:
+        return torch.as_tensor(self.factor, dtype=self.dtype, device=self.device).abs().log()
+
+
+class Product(LinearOperator):
+    """`A₁ @ A₂ @ …`; solves and determinants factor by factor where every factor is square."""
+
+    def __init__(self, *factors: LinearOperator) -> None:
+        self.factors = factors
+        shape = (factors[0].shape[0], factors[-1].shape[1])
+        super().__init__(shape, factors[0].dtype, factors[0].device)
+
+    @property
+    def is_symmetric(self) -> bool:
+        mirrored = zip(self.factors, reversed(self.factors), strict=True)
+        return all(_is_transpose(left, right) for left, right in mirrored)
+
+    @property
+    def is_psd(self) -> bool:
+        middle = self.factors[len(self.factors) // 2] if len(self.factors) % 2 else None
+        return self.is_symmetric and (middle is None or middle.is_psd)
+
+    @property
+    def lower_bound(self) -> float | None:
+        return 0.0 if self.is_psd else None
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            V = factor._apply(V)
+        return V
+
+    def _rmatmat(self, V: Tensor) -> Tensor:
+        for factor in self.factors:
+            V = factor._rapply(V)
+        return V
+
+    def _exact(self, verb_name: str) -> str | None:
+        if verb_name in ("solve", "slogdet"):
+            square = all(factor.shape[0] == factor.shape[1] for factor in self.factors)
+            return "factor by factor" if square and all(f._exact(verb_name) for f in self.factors) else None
+        return None
+
+    def _solve(self, B: Tensor) -> Tensor:
+        for factor in self.factors:
+            B = factor._solve(B)
+        return B
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        signs, logs = zip(*(factor._slogdet() for factor in self.factors), strict=True)
+        return torch.stack(signs).prod(), torch.stack(logs).sum()
+
+    def _transpose(self) -> LinearOperator:
+        return Product(*(factor.T for factor in reversed(self.factors)))
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return self.factors
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Product(*(factor._to(dtype, device) for factor in self.factors))
+
+    def _formula(self) -> Formula:
+        return Formula("product", children=tuple(factor._formula() for factor in self.factors))
+
+
+class Transpose(LinearOperator):
+    """`Aᵀ`."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        rows, columns = operator.shape
+        super().__init__((columns, rows), operator.dtype, operator.device, memory_budget=operator.memory_budget)
+        self.operator = operator
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.operator._rapply(V)
+
+    def _rmatmat(self, V: Tensor) -> Tensor:
+        return self.operator._apply(V)
+
+    def _exact(self, verb_name: str) -> str | None:
+        return self.operator._exact(verb_name) if verb_name in ("slogdet", "trace", "diagonal", "dense") else None
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        return self.operator._slogdet()
+
+    def _diagonal(self) -> Tensor:
+        return self.operator._diagonal()
+
+    def _trace(self) -> Tensor:
+        return self.operator._trace()
+
+    def _dense(self) -> Tensor:
+        return self.operator._dense().T
+
+    def _transpose(self) -> LinearOperator:
+        return self.operator
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return (self.operator,)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Transpose(self.operator._to(dtype, device))
+
+    def _formula(self) -> Formula:
+        return Formula("transpose", children=(self.operator._formula(),))
+
+
+def _is_transpose(left: LinearOperator, right: LinearOperator) -> bool:
+    if left is right:
+        return left.is_symmetric
+    pairs = ((left, right), (right, left))
+    return any(isinstance(a, Transpose) and a.operator is b for a, b in pairs)

@@ -1,0 +1,130 @@
+"""A matrix held as a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvops.errors import NotPositiveDefiniteError, ShapeError
+from curvops.linalg import dense
+from curvops.operators.base import LinearOperator, Scalar
+
+if TYPE_CHECKING:
+    from curvops.operators.eigen import Eigen
+
+
+class Dense(LinearOperator):
+    """The matrix M `(rows, columns)`; products O(rows · columns), factorisations O(P³), kept once made.
+
+    Args:
+        M: The matrix.
+        is_symmetric: None to find out at first need, by comparing M with its transpose up to rounding.
+        is_psd: True when M is known to be positive semidefinite; otherwise a Cholesky establishes it when needed.
+    """
+
+    def __init__(self, M: Tensor, *, is_symmetric: bool | None = None, is_psd: bool = False) -> None:
+        if not isinstance(M, Tensor) or M.dim() != 2:
+            raise ShapeError(f"Dense expects a matrix (rows, columns), got {getattr(M, 'shape', type(M).__name__)}.")
+        super().__init__((M.shape[0], M.shape[1]), M.dtype, M.device, is_psd=is_psd)
+        self.M = M
+        self._symmetry: bool | None = True if is_psd else is_symmetric
+
+    @property
+    def is_symmetric(self) -> bool:
+        if self._symmetry is None:
+            M = self.M.detach()
+            square = M.shape[0] == M.shape[1]
+            self._symmetry = square and bool(
+                (M - M.T).abs().max() <= 16 * torch.finfo(M.dtype).eps * M.abs().max() if M.numel() else True
+            )
+        return self._symmetry
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.M @ V
+
+    def _rmatmat(self, V: Tensor) -> Tensor:
+        return self.M.T @ V
+
+    def _exact(self, verb_name: str) -> str | None:
+        if verb_name in ("diagonal", "trace", "dense"):
+            return "read off the matrix"
+        if verb_name == "slogdet":
+            return "LU factorisation"
+        if not self.is_symmetric:
+            return "LU factorisation" if verb_name == "solve" else None
+        return "eigendecomposition" if verb_name == "function" else "Cholesky factorisation"
+
+    def _has_spectral(self) -> bool:
+        return self.is_symmetric
+
+    def _spectral(self) -> Eigen:
+        from curvops.operators.eigen import Eigen
+
+        return self._kept("eigen", lambda: Eigen(*_as_pair(dense.eigh(self.M))))
+
+    def _solve(self, B: Tensor) -> Tensor:
+        if not self.is_symmetric:
+            return torch.linalg.solve(self.M, B)
+        try:
+            L, _ = self._kept("cholesky", lambda: dense.cholesky(self.M, jitter=False))
+        except NotPositiveDefiniteError:
+            return self._spectral()._solve(B)
+        return dense.solve_cholesky(L, B)
+
+    def _logdet(self) -> Tensor:
+        L, _ = self._kept("cholesky", lambda: dense.cholesky(self.M, jitter=False))
+        return dense.logdet_cholesky(L)
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabs = torch.linalg.slogdet(self.M)
+        return sign, logabs
+
+    def _diagonal(self) -> Tensor:
+        return self.M.diagonal().clone()
+
+    def _trace(self) -> Tensor:
+        return self.M.trace()
+
+    def _dense(self) -> Tensor:
+        return self.M.clone()
+
+    def _holds_tensors(self) -> bool:
+        return True
+
+    def _transpose(self) -> LinearOperator:
+        return Dense(self.M.T, is_symmetric=self._symmetry)
+
+    def _scaled(self, factor: Scalar) -> LinearOperator | None:
+        return None  # a copy of the matrix is not simpler
+
+    def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator:
+        principal = torch.equal(rows, columns)
+        return Dense(self.M[rows][:, columns], is_symmetric=self._symmetry if principal else None,
+                     is_psd=self._psd and principal)  # fmt: skip
+
+    def _hadamard_square(self) -> LinearOperator:
+        return Dense(self.M**2)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        return Dense(self.M.to(device, dtype), is_symmetric=self._symmetry, is_psd=self._psd)
+
+    def _kept(self, key: str, build: Callable[[], object]):  # noqa: ANN202
+        """What `build` makes, kept unless autograd runs through it (a kept graph can be walked only once)."""
+        if self.M.requires_grad and torch.is_grad_enabled():
+            return build()
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
+
+def as_operator(matrix: Tensor | LinearOperator) -> LinearOperator:
+    """An operator as it is, a matrix as `Dense`."""
+    return matrix if isinstance(matrix, LinearOperator) else Dense(matrix)
+
+
+def _as_pair(values_and_vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    values, vectors = values_and_vectors
+    return vectors, values

@@ -1,0 +1,175 @@
+"""Matrices known by an eigendecomposition: every verb in closed form.
+
+    A = Q diag(λ) Qᵀ                    Q square orthogonal (dense, Kronecker, block-diagonal or the identity)
+    A = Q diag(λ − ρ) Qᵀ + ρ I          Q thin orthonormal (P, r): eigenvalue ρ on the complement of its range
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvops.errors import NotPositiveDefiniteError, ShapeError
+from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.diagonal import Identity
+from curvops.operators.formula import Formula, size_text
+
+
+class Eigen(LinearOperator):
+    """`Q diag(λ) Qᵀ` with orthonormal columns Q.
+
+    Products cost two products with Q; logdet and trace O(r). Damping and powers act on λ, so that one decomposition
+    serves every δ and every power.
+
+    Args:
+        Q: `(P, r)` tensor or operator with orthonormal columns (not checked).
+        values: `(r,)` eigenvalues in the order of Q's columns.
+        rest: Eigenvalue on the complement of Q's range when r < P (0 by default).
+    """
+
+    def __init__(self, Q: Tensor | LinearOperator, values: Tensor, rest: Scalar = 0.0) -> None:
+        from curvops.operators.dense import as_operator
+
+        self.Q = as_operator(Q)
+        size, rank = self.Q.shape
+        if tuple(values.shape) != (rank,):
+            raise ShapeError(f"Eigen: Q is {size} x {rank}, so values must be ({rank},); got {tuple(values.shape)}.")
+        super().__init__((size, size), self.Q.dtype, self.Q.device, is_symmetric=True)
+        self.values, self.rest, self.thin = values, rest, rank < size
+
+    @property
+    def lower_bound(self) -> float:
+        low = float(self.values.detach().min()) if len(self.values) else torch.inf
+        return min(low, float(self.rest)) if self.thin else low
+
+    @property
+    def is_psd(self) -> bool:
+        return self.lower_bound >= 0
+
+    def _bound_is_free(self) -> bool:
+        return False
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self._with(self.values, self.rest, V)
+
+    def _has_spectral(self) -> bool:
+        return True
+
+    def _spectral(self) -> Eigen:
+        return self
+
+    def _exact(self, verb_name: str) -> str | None:
+        return "eigendecomposition"
+
+    def _solve(self, B: Tensor) -> Tensor:
+        inverse, rest = self._map(_reciprocal(self._tolerance()))
+        X = self._with(inverse, rest, B)
+        if self._is_singular():
+            unreached = (B - self._matmat(X)).detach().norm(dim=0)
+            if bool((unreached > 1e3 * torch.finfo(self.dtype).eps * self.shape[0] ** 0.5 * B.detach().norm(dim=0)).any()):
+                raise NotPositiveDefiniteError(
+                    f"solve: {self!r} is singular and the right-hand side is not in its range (distance "
+                    f"{float(unreached.max()):.2g}); add a diagonal, or project the right-hand side."
+                )
+        return X
+
+    def _logdet(self) -> Tensor:
+        if self.lower_bound <= self._tolerance():
+            raise NotPositiveDefiniteError(
+                f"logdet: the smallest eigenvalue of {self!r} is {self.lower_bound:.3g}, which is not above 0 beyond "
+                f"rounding; add a diagonal larger than {max(0.0, -self.lower_bound) + self._tolerance():.2g}."
+            )
+        logs, rest = self._map(torch.log)
+        return logs.sum() + (self.shape[0] - len(self.values)) * rest
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        signs, rest_sign = self._map(torch.sign)
+        logs, rest_log = self._map(lambda x: x.abs().log())
+        missing = self.shape[0] - len(self.values)
+        return signs.detach().prod() * rest_sign.detach() ** missing, logs.sum() + missing * rest_log
+
+    def _diagonal(self) -> Tensor:
+        rest = self._rest()
+        return hadamard_square(self.Q)._apply((self.values - rest)[:, None])[:, 0] + rest
+
+    def _trace(self) -> Tensor:
+        return self.values.sum() + (self.shape[0] - len(self.values)) * self._rest()
+
+    def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+        return self._with(*self._map(f), V)
+
+    def _power(self, power: float) -> Eigen:
+        """`A^p`; p < 0 needs definiteness, other fractional p semidefiniteness (rounding below 0 is clipped)."""
+        low, tolerance = self.lower_bound, self._tolerance()
+        if power != int(power) and low < -tolerance:
+            raise NotPositiveDefiniteError(
+                f"power {power} of {self!r}: its smallest eigenvalue is {low:.3g}; add a diagonal above {-low:.3g}."
+            )
+        if power < 0 and abs(low) <= tolerance:
+            raise NotPositiveDefiniteError(f"power {power} of {self!r}: it is singular; add a diagonal first.")
+        clip = power != int(power)
+        values, rest = self._map(lambda x: (x.clamp_min(0.0) if clip else x) ** power)
+        return Eigen(self.Q, values, rest)
+
+    def _inverse(self) -> LinearOperator | None:
+        return None if self._is_singular() else Eigen(self.Q, *self._map(torch.reciprocal))
+
+    def _scaled(self, factor: Scalar) -> LinearOperator:
+        return Eigen(self.Q, factor * self.values, factor * self.rest)
+
+    def _plus(self, other: LinearOperator) -> LinearOperator | None:
+        if not isinstance(other, Identity):
+            return None
+        return Eigen(self.Q, self.values + other.scale, self.rest + other.scale)
+
+    def _holds_tensors(self) -> bool:
+        return True
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return (self.Q,)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        rest = self.rest.to(device, dtype) if isinstance(self.rest, Tensor) else self.rest
+        return Eigen(self.Q._to(dtype, device), self.values.to(device, dtype), rest)
+
+    def _formula(self) -> Formula:
+        return Formula("leaf", f"Eigen({size_text(self.Q._known_shape())})")
+
+    def _with(self, values: Tensor, rest: Scalar, V: Tensor) -> Tensor:
+        coefficients = self.Q._rapply(V)
+        if not self.thin:
+            return self.Q._apply(values[:, None] * coefficients)
+        return self.Q._apply((values - rest)[:, None] * coefficients) + rest * V
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """f of the values and of the rest (whose f is not taken when Q is square)."""
+        return f(self.values), f(self._rest()) if self.thin else torch.zeros_like(self._rest())
+
+    def _rest(self) -> Tensor:
+        return torch.as_tensor(self.rest, dtype=self.dtype, device=self.device)
+
+    def _tolerance(self) -> float:
+        """Eigenvalues below it are rounding of the largest."""
+        largest = float(self.values.detach().abs().max()) if len(self.values) else 0.0
+        largest = max(largest, abs(float(self.rest))) if self.thin else largest
+        return self.shape[0] * torch.finfo(self.dtype).eps * largest
+
+    def _is_singular(self) -> bool:
+        magnitudes = self.values.detach().abs()
+        smallest = float(magnitudes.min()) if len(magnitudes) else torch.inf
+        return min(smallest, abs(float(self.rest)) if self.thin else torch.inf) <= self._tolerance()
+
+
+def hadamard_square(Q: LinearOperator) -> LinearOperator:
+    """Q with every entry squared, in Q's own structure."""
+    return Q._hadamard_square()  # type: ignore[attr-defined]
+
+
+def _reciprocal(tolerance: float) -> Callable[[Tensor], Tensor]:
+    def pseudo_inverse(x: Tensor) -> Tensor:
+        small = x.abs() <= tolerance
+        return torch.where(small, 0.0, 1.0 / torch.where(small, 1.0, x))
+
+    return pseudo_inverse

@@ -1,0 +1,51 @@
+"""The choice of the algorithm behind every verb, one module per verb.
+
+Each module has `plan(operator, …) -> Plan`: the algorithm's name, the reason, and `run`. `explain` prints what a verb
+would run, so the two cannot disagree. The choice reads facts and sizes alone, never a stopwatch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from curvops.errors import CurvopsError
+from curvops.operators.routes import diagonal, eigenpairs, function, logdet, norms, solve, spectrum, trace
+from curvops.operators.routes.plan import Plan
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+
+__all__ = ["Plan", "diagonal", "eigenpairs", "explain", "function", "logdet", "norms", "solve", "spectrum", "trace"]
+
+_PLANS = {
+    "solve": lambda A: solve.plan(A, None),
+    "logdet": lambda A: logdet.plan(A, None),
+    "slogdet": logdet.plan_signed,
+    "trace": lambda A: trace.plan(A, None),
+    "diagonal": lambda A: diagonal.plan(A, None),
+    "function": lambda A: function.plan(A, torch.exp, None),
+    "sqrt_matvec": lambda A: function.plan_power(A, 0.5, None),
+    "inv_sqrt_matvec": lambda A: function.plan_power(A, -0.5, None),
+    "frobenius_norm": lambda A: norms.frobenius(A, None),
+    "spectral_norm": lambda A: norms.spectral(A, 1e-3),
+    "eigsh": eigenpairs.describe,
+    "spectrum": spectrum.describe,
+}
+
+
+def explain(operator: LinearOperator, verb_name: str) -> str:
+    """`verb: algorithm (reason)`, or why the verb would refuse."""
+    if verb_name == "to_dense":
+        route = operator._exact("dense")
+        return f"to_dense: {route}" if route else f"to_dense: products with {operator.shape[1]:,} unit columns"
+    if verb_name in ("matvec", "matmat", "rmatvec"):
+        return f"{verb_name}: {operator._explain_product()}"
+    if verb_name not in _PLANS:
+        raise ValueError(f"explain({verb_name!r}): expected one of {[*_PLANS, 'to_dense', 'matvec']}.")
+    try:
+        plan = _PLANS[verb_name](operator)
+    except CurvopsError as refusal:
+        return f"{verb_name}: refused: {refusal}"
+    return f"{verb_name}: {plan.algorithm} ({plan.reason})"

@@ -1,0 +1,69 @@
+"""Which algorithm answers `diagonal`: closed form, a dense copy, or a stochastic estimate to 5 % in the 2-norm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from curvops.linalg.probes import resolve_seed
+from curvops.linalg.results import EstimateReport, settle
+from curvops.linalg.traces import hutchinson_diagonal
+from curvops.linalg.xtrace import xdiag
+from curvops.operators import methods
+from curvops.operators.routes.plan import (
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_reason,
+    exact_report,
+    product,
+    refuse_method,
+)
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+
+_ADVICE = 'Give more probes or a wider rtol, or on_failure="warn" to take the estimate with its standard error.'
+
+
+def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
+    """The plan for `A.diagonal(method)`."""
+    if isinstance(method, methods.Hutchinson | methods.XDiag):
+        return _estimate(A, method, "asked for")
+    if method is not None:
+        raise refuse_method("diagonal", method, "Hutchinson", "XDiag")
+    closed_form = A._exact("diagonal")
+    if closed_form:
+        return _exact(A, closed_form, "closed form of the structure", A._diagonal)
+    if dense_is_affordable(A):
+        return _exact(A, "diagonal of the dense matrix", dense_reason(A), lambda: A._dense().diagonal().clone())
+    return _estimate(A, methods.XDiag(), f"P = {A.shape[0]:,} is too large for a dense copy")
+
+
+def _exact(A: LinearOperator, name: str, reason: str, compute: object) -> Plan:
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(A)
+        value = compute()  # type: ignore[operator]
+        return value, exact_report(value, name, reason, spent)
+
+    return Plan(name, reason, run)
+
+
+def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XDiag, reason: str) -> Plan:
+    name = type(method).__name__
+    estimator = hutchinson_diagonal if isinstance(method, methods.Hutchinson) else xdiag
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        seed = resolve_seed(method.generator)
+        fixed = method.probes is not None and method.rtol is None
+        targets = {} if method.rtol is None and not fixed else {"rtol": method.rtol}
+        value, report = estimator(
+            product(A), A.shape[0], probes=method.probes, seed=seed, dtype=A.dtype, device=A.device, **targets
+        )
+        report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
+        settle(value, report, method.on_failure, _ADVICE)
+        return value, report
+
+    return Plan(name, reason, run)

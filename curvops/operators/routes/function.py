@@ -1,0 +1,117 @@
+"""Which algorithm answers `function(f, v)`, `sqrt_matvec` and `inv_sqrt_matvec`.
+
+    structure with an eigendecomposition    exact
+    tensors held or P small                 dense eigendecomposition
+    anything else                           Lanczos, its depth grown until successive answers agree
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvops.errors import NotPositiveDefiniteError, UnsupportedError
+from curvops.linalg.functions import apply_function
+from curvops.linalg.results import Report, settle
+from curvops.operators import methods
+from curvops.operators.autograd import linear_map
+from curvops.operators.routes.plan import (
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_reason,
+    product,
+    refuse_method,
+    resolvable,
+)
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+
+_ADVICE = 'Give more steps (Lanczos(steps=)), a larger damping, or on_failure="warn" to take the best answer.'
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None) -> Plan:
+    """The plan for `A.function(f, v, method)`; its `run` takes v as columns."""
+    closed_form = A._exact("function")
+    if method is None and closed_form:
+        return _exact(A, closed_form, "closed form of the structure", lambda V: A._function(f, V))
+    if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
+        reason = dense_reason(A) if method is None else "asked for"
+        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_eigen(A)._function(f, V))
+    if method is None or isinstance(method, methods.Lanczos):
+        lanczos = method or methods.Lanczos()
+        return _lanczos(A, f, lanczos, "asked for" if method else f"P = {A.shape[0]:,} is too large for a dense copy")
+    raise refuse_method("function", method, "Eigh", "Lanczos")
+
+
+def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -> Plan:
+    """The plan for `A^power v`, power ±½: definiteness is checked by the exact routes and required by Lanczos."""
+    closed_form = A._exact("function")
+    if method is None and closed_form:
+        return _exact(A, closed_form, "closed form of the structure", lambda V: A._spectral()._power(power)._matmat(V))
+    if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
+        reason = dense_reason(A) if method is None else "asked for"
+        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V))
+    bound = A.lower_bound
+    if bound is None or bound < 0 or (power < 0 and bound == 0):
+        needed = "definite" if power < 0 else "semidefinite"
+        raise NotPositiveDefiniteError(
+            f"A^{power} v: {A!r} is not known to be positive {needed}; add_diagonal(δ) with δ > 0"
+            + ("." if A.is_psd else ' larger than -(its smallest eigenvalue), which A.eigsh(1, which="SA") finds.')
+        )
+    return plan(A, lambda x: x.clamp_min(bound) ** power, method)
+
+
+def _dense_power(A: LinearOperator, power: float, V: Tensor) -> Tensor:
+    operator, _ = resolvable(A) if power < 0 else (A, "")
+    return _dense_eigen(operator)._power(power)._matmat(V.to(operator.dtype)).to(V.dtype)
+
+
+def _dense_eigen(A: LinearOperator):  # noqa: ANN202
+    from curvops.operators.dense import Dense
+
+    return Dense(A.to_dense(), is_symmetric=True)._spectral()
+
+
+def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise) -> Plan:
+    def run(V: Tensor) -> tuple[Tensor, Report]:
+        spent = counted(A)
+        X = compute(V)
+        matvecs, seconds = spent()
+        return X, Report(algorithm=name, reason=reason, matvecs=matvecs, seconds=seconds)
+
+    return Plan(name, reason, run)
+
+
+def _lanczos(A: LinearOperator, f: Elementwise, method: methods.Lanczos, reason: str) -> Plan:
+    def run(V: Tensor) -> tuple[Tensor, Report]:
+        if torch.is_grad_enabled() and A._apply(V.detach()[:, :1]).requires_grad:
+            raise UnsupportedError(
+                f"f(A) v by Lanczos has no gradient with respect to the damping or factors of {A!r}; use Eigh(), or "
+                f"detach them."
+            )
+        reports: list[Report] = []
+
+        def apply(W: Tensor) -> Tensor:
+            rtol = methods.SOLVE_RTOL[A.dtype] if method.rtol is None else method.rtol
+            X, report = apply_function(
+                product(A), f, W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=A.lower_bound
+            )
+            # Exactly the asked number of steps, without a target, is an answer as asked.
+            if method.steps is not None and method.rtol is None:
+                report = replace(report, converged=True)
+            settle(X, report, method.on_failure, _ADVICE)
+            reports.append(report)
+            return X
+
+        X = linear_map(V, apply, apply)
+        return X, replace(reports[0], reason=f"{reason}; {reports[0].reason}")
+
+    return Plan("Lanczos", reason, run)

@@ -1,0 +1,183 @@
+"""Which algorithm answers `logdet` and `slogdet`.
+
+    structure with a closed form                            exact
+    P small, or tensors held                                dense Cholesky (which also establishes definiteness)
+    curvature BᵀB plus a positive diagonal, n < P small     function space: determinant lemma through the Gram matrix
+    lower bound on the spectrum above 0                     stochastic Lanczos quadrature
+    anything else                                           refused
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvops.errors import NotPositiveDefiniteError, UnsupportedError
+from curvops.linalg import dense
+from curvops.linalg.probes import rademacher, resolve_seed
+from curvops.linalg.results import EstimateReport, settle
+from curvops.linalg.slq import slq_logdet
+from curvops.operators import methods
+from curvops.operators.autograd import with_gradient_of
+from curvops.operators.functionspace import FunctionSpaceForm, function_space
+from curvops.operators.routes.plan import (
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_reason,
+    exact_report,
+    product,
+    refuse_method,
+    resolvable,
+)
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+
+_ADVICE = (
+    "Give more probes and steps (SLQ(probes=, steps=)), a wider target (SLQ(rtol=, atol=)), a larger damping, or "
+    'on_failure="warn" to take the estimate with its half-width.'
+)
+
+
+def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
+    """The plan for `A.logdet(method)`."""
+    if method is not None:
+        return _plan_given(A, method)
+    if not A.is_symmetric:
+        raise NotPositiveDefiniteError(f"logdet: {A!r} is not known to be symmetric; slogdet() takes any square matrix.")
+    closed_form = A._exact("logdet")
+    if closed_form:
+        return _exact(A, closed_form, "closed form of the structure")
+    dual = function_space(A, must=False) if not A._holds_tensors() else None
+    if dual is not None and dual.is_affordable() and dual.rows < A.shape[0]:
+        return _function_space(dual, f"n = {dual.rows:,} < P = {A.shape[0]:,}: exact through the Gram matrix")
+    if dense_is_affordable(A):
+        return _cholesky(A, dense_reason(A))
+    return _slq(A, methods.SLQ(), f"P = {A.shape[0]:,} is too large for a dense factorisation")
+
+
+def plan_signed(A: LinearOperator) -> Plan:
+    """The plan for `A.slogdet()`, whose `run` returns (sign, log|det|)."""
+    closed_form = A._exact("slogdet")
+    if closed_form:
+        return Plan(closed_form, "closed form of the structure", A._slogdet)
+    if dense_is_affordable(A):
+        return Plan("dense LU", dense_reason(A), lambda: dense.slogdet(A.to_dense()))
+    raise UnsupportedError(
+        f"slogdet: {A!r} has no closed form and is too large for a dense LU; logdet() estimates where the spectrum is "
+        f"known to be positive."
+    )
+
+
+def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
+    A._require_symmetric("logdet")
+    if isinstance(method, methods.Cholesky):
+        return _cholesky(A, "asked for")
+    if isinstance(method, methods.Eigh):
+        return _eigh(A)
+    if isinstance(method, methods.FunctionSpace):
+        dual = function_space(A)
+        assert dual is not None
+        return _function_space(dual, "asked for")
+    if isinstance(method, methods.SLQ):
+        return _slq(A, method, "asked for")
+    raise refuse_method("logdet", method, "Cholesky", "Eigh", "FunctionSpace", "SLQ")
+
+
+def _exact(A: LinearOperator, name: str, reason: str) -> Plan:
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(A)
+        value = A._logdet()
+        return value, exact_report(value, name, reason, spent)
+
+    return Plan(name, reason, run)
+
+
+def _cholesky(A: LinearOperator, reason: str) -> Plan:
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(A)
+        operator, note = resolvable(A)
+        L, _ = dense.cholesky(operator.to_dense(), jitter=False)
+        value = dense.logdet_cholesky(L)
+        return value, exact_report(value, "dense Cholesky", reason + note, spent)
+
+    return Plan("dense Cholesky", reason, run)
+
+
+def _eigh(A: LinearOperator) -> Plan:
+    from curvops.operators.dense import Dense
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(A)
+        operator, note = resolvable(A)
+        value = Dense(operator.to_dense(), is_symmetric=True)._spectral()._logdet()
+        return value, exact_report(value, "dense eigendecomposition", "asked for" + note, spent)
+
+    return Plan("dense eigendecomposition", "asked for", run)
+
+
+def _function_space(dual: FunctionSpaceForm, reason: str) -> Plan:
+    name = dual.algorithm("logdet")
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(dual.operator)
+        operator, note = resolvable(dual.operator)
+        form = dual if operator is dual.operator else function_space(operator)
+        assert form is not None
+        value = form.logdet()
+        return value, exact_report(value, name, reason + note, spent)
+
+    return Plan(name, reason, run)
+
+
+def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
+    bound = A.lower_bound
+    if bound is None or bound <= 0:
+        known = "no lower bound on its spectrum is known" if bound is None else f"its spectrum is only known to be >= {bound:.3g}"
+        raise NotPositiveDefiniteError(
+            f"logdet: {A!r} is not known to be positive definite ({known}); add_diagonal(δ) with δ > 0"
+            + ("." if A.is_psd else f", larger than the most negative eigenvalue ({_smallest_hint()}).")
+        )
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        operator, note = resolvable(A)
+        seed = resolve_seed(method.generator)
+        value, report = slq_logdet(
+            product(operator), operator.shape[0], lower_bound=bound, probes=method.probes, steps=method.steps,
+            seed=seed, dtype=operator.dtype, device=operator.device, **_targets(method),
+        )  # fmt: skip
+        from dataclasses import replace
+
+        report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
+        estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
+        settle(estimate, report, method.on_failure, _ADVICE)
+        if torch.is_grad_enabled():
+            estimate = with_gradient_of(estimate, _gradient_surrogate(operator, seed, max(report.probes, 10)))
+        return estimate, report
+
+    return Plan("SLQ", reason, run)
+
+
+def _targets(method: methods.SLQ) -> dict[str, float | None]:
+    """The default target, unless the user fixed probes and steps and gave none."""
+    if method.rtol is None and method.atol is None:
+        return {} if method.probes is None or method.steps is None else {"rtol": None, "atol": None}
+    return {"rtol": method.rtol or 0.0, "atol": method.atol or 0.0}
+
+
+def _gradient_surrogate(A: LinearOperator, seed: int, probes: int) -> Tensor:
+    """A scalar whose gradient is that of log det A: mean over probes of (A⁻¹z)ᵀ dA z, since d logdet = tr(A⁻¹ dA)."""
+    Z = rademacher(A.shape[0], 0, probes, seed=seed, dtype=A.dtype, device=A.device)
+    AZ = A._apply(Z)
+    if not AZ.requires_grad:
+        return torch.zeros((), dtype=torch.float64, device=A.device)
+    with torch.no_grad():
+        solutions = A.solve(Z)
+    return (solutions * AZ).sum(dtype=torch.float64) / probes
+
+
+def _smallest_hint() -> str:
+    return 'A.eigsh(1, which="SA") finds it'

@@ -1,0 +1,95 @@
+"""What every choice shares: the plan, the cost thresholds, and the product closure that algorithms see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvops.errors import UnsupportedError
+from curvops.linalg.norms import spectral_norm
+from curvops.linalg.results import EstimateReport
+from curvops.memory import default_budget
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+    from curvops.operators.methods import Method
+
+MAX_DENSE = 4096
+"""Largest size at which a matrix-free operator is made dense: P products and P³/3 operations, a few seconds."""
+
+MAX_DENSE_HELD = 16384
+"""Largest size at which a matrix that is already made of tensors is factorised densely."""
+
+_DENSE_COPIES = 4  # the matrix, its factor, and workspace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An algorithm chosen: its name, why, and what runs it, returning `(value, report)`."""
+
+    algorithm: str
+    reason: str
+    run: Callable[..., Any]
+
+
+def dense_is_affordable(operator: LinearOperator) -> bool:
+    """Whether a dense copy is the cheaper road: small, or held as tensors anyway, and inside the budget."""
+    size = operator.shape[0]
+    limit = MAX_DENSE_HELD if operator._holds_tensors() else MAX_DENSE
+    budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
+    return size <= limit and _DENSE_COPIES * size * size * operator.dtype.itemsize <= budget
+
+
+def dense_reason(operator: LinearOperator) -> str:
+    """Why the dense road was chosen."""
+    size = operator.shape[0]
+    held = "is made of tensors" if operator._holds_tensors() else f"is at most {MAX_DENSE:,}"
+    return f"P = {size:,} {held}: exact at {size:,} columns and P³/3 operations"
+
+
+def product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
+    """The operator as algorithms see it: columns in, columns out, without autograd."""
+
+    def matmat(V: Tensor) -> Tensor:
+        with torch.no_grad():
+            return operator._apply(V.detach())
+
+    return matmat
+
+
+def counted(operator: LinearOperator) -> Callable[[], tuple[int, float]]:
+    """Start counting: the function returned gives the products and seconds since."""
+    columns, start = operator.matvec_count, perf_counter()
+    return lambda: (operator.matvec_count - columns, perf_counter() - start)
+
+
+def refuse_method(verb_name: str, method: Method, *expected: str) -> UnsupportedError:
+    """The error for a method value that does not answer this verb."""
+    return UnsupportedError(f"{verb_name}: got method={method}; expected {', '.join(expected)}, or None to choose.")
+
+
+def exact_report(value: Tensor, name: str, reason: str, spent: Callable[[], tuple[int, float]]) -> EstimateReport:
+    """Report of an exact number."""
+    matvecs, seconds = spent()
+    number = float(value.detach()) if value.dim() == 0 else value.detach()
+    return EstimateReport.exact(number, name, reason, matvecs, seconds)
+
+
+def resolvable(A: LinearOperator) -> tuple[LinearOperator, str]:
+    """A, or its float64 twin where products in float32 cannot resolve its smallest eigenvalues, and a note of it.
+
+    A float32 product carries rounding of u‖A‖. Where that is not far below the spectrum's lower bound, logarithms and
+    inverse powers of the small eigenvalues would be noise.
+    """
+    if A.dtype != torch.float32 or A._holds_tensors():
+        return A, ""
+    bound = A.lower_bound or 0.0
+    norm, _ = spectral_norm(product(A), A.shape[0], rtol=0.1, dtype=A.dtype, device=A.device)
+    if torch.finfo(torch.float32).eps / 2 * norm <= bound / 10:
+        return A, ""
+    return A.to(torch.float64), f"; in float64, since u‖A‖ = {6e-8 * norm:.2g} is above a tenth of {bound:.2g}"

@@ -1,0 +1,76 @@
+"""Which algorithm answers `trace`: closed form, the diagonal of a dense copy, or a stochastic estimate to 1 %."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvops.linalg.probes import rademacher, resolve_seed
+from curvops.linalg.results import EstimateReport, settle
+from curvops.linalg.traces import hutchinson_trace
+from curvops.linalg.xtrace import xtrace
+from curvops.operators import methods
+from curvops.operators.autograd import with_gradient_of
+from curvops.operators.routes.plan import (
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_reason,
+    exact_report,
+    product,
+    refuse_method,
+)
+
+if TYPE_CHECKING:
+    from curvops.operators.base import LinearOperator
+
+_ADVICE = 'Give more probes or a wider rtol, or on_failure="warn" to take the estimate with its half-width.'
+
+
+def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
+    """The plan for `A.trace(method)`."""
+    if isinstance(method, methods.Hutchinson | methods.XTrace):
+        return _estimate(A, method, "asked for")
+    if method is not None:
+        raise refuse_method("trace", method, "Hutchinson", "XTrace")
+    closed_form = A._exact("trace")
+    if closed_form:
+        return _exact(A, closed_form, "closed form of the structure", A._trace)
+    if dense_is_affordable(A):
+        return _exact(A, "diagonal of the dense matrix", dense_reason(A), lambda: A._dense().trace())
+    return _estimate(A, methods.Hutchinson(), f"P = {A.shape[0]:,} is too large for a dense copy")
+
+
+def _exact(A: LinearOperator, name: str, reason: str, compute: object) -> Plan:
+    def run() -> tuple[Tensor, EstimateReport]:
+        spent = counted(A)
+        value = compute()  # type: ignore[operator]
+        return value, exact_report(value, name, reason, spent)
+
+    return Plan(name, reason, run)
+
+
+def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, reason: str) -> Plan:
+    name = type(method).__name__
+    estimator = hutchinson_trace if isinstance(method, methods.Hutchinson) else xtrace
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        seed = resolve_seed(method.generator)
+        # A fixed number of probes without a target is run as asked, whatever its half-width.
+        fixed = method.probes is not None and method.rtol is None
+        targets = {} if method.rtol is None and not fixed else {"rtol": method.rtol}
+        value, report = estimator(
+            product(A), A.shape[0], probes=method.probes, seed=seed, dtype=A.dtype, device=A.device, **targets
+        )
+        report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
+        estimate = torch.as_tensor(value, dtype=torch.float64, device=A.device)
+        settle(estimate, report, method.on_failure, _ADVICE)
+        if torch.is_grad_enabled():
+            Z = rademacher(A.shape[0], 0, max(report.probes, 1), seed=seed, dtype=A.dtype, device=A.device)
+            estimate = with_gradient_of(estimate, (Z * A._apply(Z)).sum(dtype=torch.float64) / Z.shape[1])
+        return estimate, report
+
+    return Plan(name, reason, run)
