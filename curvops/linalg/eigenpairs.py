@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from curvops.errors import DataError, ShapeError, UnsupportedError
 from curvops.linalg.columns import Counted, check_precision, column_norms, unit_roundoff
+from curvops.linalg.probes import gaussian, resolve_seed
 from curvops.linalg.results import Eigenpairs, Report
 from curvops.typing import Array, Matmat, Vector
 
@@ -103,10 +104,10 @@ def eigsh(
 
     # Shift-invert iterates on 1/(λ − σ), its residuals are taken of A.
     driver = A if sigma is None else Counted(solve, "solve")  # pyright: ignore[reportArgumentType]
-    rng = torch.Generator().manual_seed(0) if generator is None else generator
+    seed = resolve_seed(generator)
     bar = tqdm(desc="eigsh", unit="products", disable=not progress, leave=False)
     with bar:
-        search = _Search(driver, size, tol, max_iters, rng, dtype, device, bar)
+        search = _Search(driver, size, tol, max_iters, seed, dtype, device, bar)
         if which == "BE":
             Q, complete = search.run("LA", k - k // 2, v0)
             if k > 1:
@@ -114,7 +115,7 @@ def eigsh(
                 Q, complete = torch.cat((Q, low), 1), complete and also
         elif which == "SM" and sigma is None:
             # Interior eigenvalues are out of ARPACK's reach; those of A² nearest 0 are at an end.
-            Q, complete = _Search(Counted(lambda V: A(A(V))), size, tol, max_iters, rng, dtype, device, bar).run(
+            Q, complete = _Search(Counted(lambda V: A(A(V))), size, tol, max_iters, seed, dtype, device, bar).run(
                 "SA", k, v0
             )
         else:
@@ -156,12 +157,13 @@ class _Search:
         size: int,
         tol: float,
         max_iters: int | None,
-        rng: torch.Generator,
+        seed: int,
         dtype: torch.dtype,
         device: torch.device | str,
         bar: tqdm,
     ) -> None:
-        self.product, self.size, self.rng, self.bar = product, size, rng, bar
+        self.product, self.size, self.seed, self.bar = product, size, seed, bar
+        self.draws = 0
         self.dtype, self.device = dtype, device
         self.restarts = 500 if max_iters is None else max_iters
         self.tol = max(tol, 0.0 if dtype == torch.float64 else 2 * unit_roundoff(dtype))
@@ -200,7 +202,9 @@ class _Search:
         return torch.as_tensor(Q), False
 
     def _draw(self) -> Array:
-        return torch.randn(self.size, generator=self.rng, dtype=torch.float64, device=self.rng.device).cpu().numpy()
+        self.draws += 1
+        start = gaussian(self.size, self.draws, 1, seed=self.seed, dtype=torch.float64, device="cpu")
+        return start[:, 0].numpy()
 
     def _multiply(self, x: Array) -> Array:
         V = torch.tensor(x, dtype=self.dtype, device=self.device)

@@ -6,10 +6,12 @@ import math
 import time
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from curvops.errors import DataError, ShapeError
 from curvops.linalg.columns import Counted, check_precision, column_norms, unit_roundoff
+from curvops.linalg.probes import gaussian, rademacher, resolve_seed
 from curvops.linalg.results import EstimateReport
 from curvops.typing import Matmat
 
@@ -28,12 +30,12 @@ def spectral_norm(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[float, EstimateReport]:
-    """‖A‖₂ of a symmetric A with a bracket: a Ritz value below, a probabilistic bound above.
+    """‖A‖₂ of a symmetric A with a bracket: a projected norm below, a probabilistic bound above.
 
-    The largest Ritz value θ of k Lanczos steps is a lower bound. For a positive semidefinite A and a start uniform on
-    the sphere, θ < (1 − ε)‖A‖ has probability at most 1.648 √P exp(−√ε (2k − 1)) (Kuczyński and Woźniakowski 1992,
-    theorem 4.2); an indefinite A is treated as A², whose Krylov space of half the depth lies in A's. The steps are
-    those that make ε ≤ rtol at a probability of 10⁻³.
+    θ = max ‖Aw‖/‖w‖ over the Krylov space of k Lanczos steps is a lower bound. For a positive semidefinite A and a
+    start uniform on the sphere, θ < (1 − ε)‖A‖ has probability at most 1.648 √P exp(−√ε (2k − 1)) (Kuczyński and
+    Woźniakowski 1992, theorem 4.2); an indefinite A is treated as A², whose Krylov space of half the depth lies in
+    A's. The steps are those that make the bracket's relative width rtol at a probability of 10⁻³.
 
     Args:
         matmat: `(P, K) → (P, K)` symmetric product (for a rectangular J: that of JᵀJ, then take roots).
@@ -45,7 +47,7 @@ def spectral_norm(
         device: Where `matmat` runs.
 
     Returns:
-        θ (raised to nothing: the lower bound itself) and a report with `bracket = (θ, upper)`.
+        θ and a report with `bracket = (θ, upper)`.
 
     Raises:
         ShapeError, DataError, ValueError: Arguments; NaN from the product.
@@ -64,18 +66,19 @@ def spectral_norm(
     epsilon = rtol if is_psd else 1 - (1 - rtol) ** 2
     degree = math.ceil((power / math.sqrt(epsilon) + 1) / 2)
     steps = min(size, degree if is_psd else 2 * degree)
-    theta, exact = _largest_ritz(A, size, steps, generator, dtype, device)
+    seed = resolve_seed(generator)
+    theta, exact = _krylov_norm(A, size, steps, seed, dtype, device)
     slack = 4 * unit_roundoff(dtype) * math.sqrt(size) * theta
     if exact:
         upper = theta + slack
         reason = f"the Krylov space was exhausted after {A.columns} steps: exact up to rounding."
     else:
-        depth = steps if is_psd else steps // 2
+        depth = steps if is_psd else (steps + 1) // 2
         loss = (power / (2 * depth - 1)) ** 2
         upper = theta / (1 - loss if is_psd else math.sqrt(1 - loss)) + slack
         reason = (
-            f"Ritz value of {steps} Lanczos steps below; above the Kuczynski-Wozniakowski bound, which fails with "
-            f"probability at most {FAILURE_PROBABILITY:g} over the random start."
+            f"largest stretch in the space of {steps} Lanczos steps below; above the Kuczynski-Wozniakowski bound, "
+            f"which fails with probability at most {FAILURE_PROBABILITY:g} over the random start."
         )
     return theta, EstimateReport(
         algorithm="Lanczos (spectral norm)",
@@ -87,20 +90,19 @@ def spectral_norm(
         half_width=upper - theta,
         probes=1,
         steps=A.columns,
-        seed=0 if generator is None else None,
+        seed=seed,
     )
 
 
-def _largest_ritz(
-    A: Counted, size: int, steps: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str
+def _krylov_norm(
+    A: Counted, size: int, steps: int, seed: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[float, bool]:
-    """Largest Ritz value in size after Lanczos with full reorthogonalisation; whether the space is all there is."""
-    rng = torch.Generator().manual_seed(0) if generator is None else generator
-    v = torch.randn(size, 1, generator=rng, dtype=torch.float64, device=rng.device).to(device=device, dtype=dtype)
+    """max ‖Aw‖/‖w‖ over a Krylov space, by Lanczos with full reorthogonalisation; whether that is all of ‖A‖."""
+    v = gaussian(size, 0, 1, seed=seed, dtype=dtype, device=device)
     v = v / column_norms(v)
     basis = torch.empty(size, steps, dtype=dtype, device=device)
-    H = torch.zeros(steps, steps, dtype=torch.float64)
-    exact = steps == size
+    # A V = V₊ H: its norm also counts the part of A w that leaves the space.
+    H = torch.zeros(steps + 1, steps, dtype=torch.float64)
     for j in range(steps):
         basis[:, j] = v[:, 0]
         w = A(v)
@@ -111,17 +113,13 @@ def _largest_ritz(
         for _ in range(2):
             w = w - V @ (V.T @ w)
         beta = float(column_norms(w))
-        scale = float(H.abs().max())
-        if beta <= 10 * unit_roundoff(dtype) * math.sqrt(size) * max(scale, beta):
-            return _extreme(H[: j + 1, : j + 1]), True
+        if j + 1 == size or beta <= 10 * unit_roundoff(dtype) * math.sqrt(size) * float(H.abs().max()):
+            return float(torch.linalg.matrix_norm(H[: j + 1, : j + 1], 2)), True
+        H[j + 1, j] = beta
         if j + 1 < steps:
-            H[j, j + 1] = H[j + 1, j] = beta
+            H[j, j + 1] = beta
             v = w / beta
-    return _extreme(H), exact
-
-
-def _extreme(H: Tensor) -> float:
-    return float(torch.linalg.eigvalsh(H).abs().max())
+    return float(torch.linalg.matrix_norm(H, 2)), False
 
 
 @torch.no_grad()
@@ -136,7 +134,7 @@ def frobenius_norm(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[float, EstimateReport]:
-    """‖A‖_F from E‖Az‖² = ‖A‖_F², z Gaussian, with its standard error; A may be rectangular.
+    """‖A‖_F from E‖Az‖² = ‖A‖_F², z of random signs, with its standard error; A may be rectangular.
 
     Args:
         matmat: `(P, K) → (Q, K)` product.
@@ -154,12 +152,10 @@ def frobenius_norm(
     Raises:
         ShapeError, DataError, ValueError: Arguments; NaN from the product.
 
-    Cost: m products. For a flat spectrum m ≈ 2/(P rtol²)·t²/4, for rank one 100 times the digits squared.
+    Cost: m products, m ≈ ½ (t/rtol)²·Σλ⁴/(Σλ²)² at worst (λ the singular values): few for a flat spectrum.
 
     Source: Hutchinson (1990) for AᵀA; the error of the root by the delta method.
     """
-    from scipy.stats import t as student
-
     began = time.perf_counter()
     check_precision(dtype, "the operator")
     if size < 1:
@@ -170,7 +166,7 @@ def frobenius_norm(
         raise ValueError(f"probes={probes}; expected at least 2, a standard error needs them.")
     if max_probes < 2:
         raise ValueError(f"max_probes={max_probes}; expected at least 2.")
-    rng = torch.Generator().manual_seed(0) if generator is None else generator
+    seed = resolve_seed(generator)
     squares = torch.zeros(0, dtype=torch.float64)
     spent = 0
 
@@ -189,8 +185,10 @@ def frobenius_norm(
             reason = f"{size} unit vectors cost no more than the probes that rtol={rtol:g} needs."
             seconds = time.perf_counter() - began
             return exact, EstimateReport.exact(exact, "unit vectors (Frobenius norm)", reason, spent, seconds)
-        Z = torch.randn(size, count - squares.numel(), generator=rng, dtype=torch.float64, device=rng.device)
-        squares = torch.cat((squares, sample(Z.to(device=device, dtype=dtype))))
+        start = squares.numel()
+        squares = torch.cat(
+            (squares, sample(rademacher(size, start, count - start, seed=seed, dtype=dtype, device=device)))
+        )
         value = float(squares.mean().sqrt())
         stderr = 0.0
         if value > 0:
@@ -200,7 +198,7 @@ def frobenius_norm(
             break
         count = min(2 * count, max_probes)
     converged = probes is not None or half_width <= rtol * value
-    reason = f"{count} Gaussian probes, Monte-Carlo half-width {half_width:.2e}."
+    reason = f"{count} probes of random signs, Monte-Carlo half-width {half_width:.2e}."
     if not converged:
         reason += f" rtol={rtol:g} needs more than max_probes={max_probes}; raise it or rtol."
     return value, EstimateReport(
@@ -214,5 +212,5 @@ def frobenius_norm(
         bracket=(value, value),
         half_width=half_width,
         probes=count,
-        seed=0 if generator is None else None,
+        seed=seed,
     )

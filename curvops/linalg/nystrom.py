@@ -77,8 +77,8 @@ class NystromApproximation:
         inverse = 1 / (delta.detach().to(self.U) + last)
         if not bool(((delta >= 0) & torch.isfinite(inverse)).all()):
             raise ValueError(
-                f"delta holds entries down to {float(delta.min()):.3e} with smallest Nystrom value {last:.3e}; expected "
-                f"entries >= 0 and positive sums."
+                f"delta holds entries down to {float(delta.min()):.3e} with smallest Nystrom value {last:.3e}; "
+                f"expected entries >= 0 and positive sums."
             )
         # With S = (Λ − λ_r)^½: (D' + U S S Uᵀ)⁻¹ = D'⁻¹ − D'⁻¹ U S (I + S Uᵀ D'⁻¹ U S)⁻¹ S Uᵀ D'⁻¹.
         W = self.U * (self.values - last).clamp_min(0.0).sqrt()

@@ -66,14 +66,18 @@ def refined_solve(
     relative = torch.ones_like(system.norms[columns])
     norm = R.new_zeros(())
     inner_products = iterations = rounds = 0
+    worthwhile = _INNER_RTOL
     while columns.numel():
         lengths = column_norms(R)
         # The last round need not do more than what is missing.
-        inner_rtol = max(_INNER_RTOL, min(0.1, 0.3 * rtol / float(relative.max())))
+        inner_rtol = max(worthwhile, min(0.1, 0.3 * rtol / float(relative.max())))
         D, inner = inner_solve((R / lengths).float(), inner_rtol)
         rounds += 1
         inner_products += inner.matvecs
         iterations += inner.iterations
+        if not inner.converged and inner.attainable is not None:
+            # float32 cannot do better: do not make it try again.
+            worthwhile = min(max(worthwhile, 4 * inner.attainable), 0.3)
         D = D.double() * lengths
         Xn = X + D
         AX = A(Xn)
