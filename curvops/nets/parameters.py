@@ -97,7 +97,7 @@ class ParameterSelection:
         full = self.scatter(v)
         trailing = v.shape[1:]
         pieces = full.split(list(self.sizes))
-        return {n: t.reshape(*s, *trailing) for n, t, s in zip(self.names, pieces, self.shapes, strict=True)}
+        return {n: t.reshape((*s, *trailing)) for n, t, s in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Inverse of `unflatten`: parameter-shaped tensors (with or without a last axis K) → `(P,)` or `(P, K)`."""
@@ -157,6 +157,11 @@ class ParameterSelection:
                     f"parameter {name!r} has dtype {p.dtype}; curvature needs float32 or float64: "
                     "convert a copy of the model with copy.deepcopy(model).float()"
                 )
+            if p.is_inference():
+                raise UnsupportedError(
+                    f"parameter {name!r} was made under torch.inference_mode, which autograd cannot track; "
+                    "build the model outside of it (torch.no_grad is fine)"
+                )
             if p.layout != torch.strided:
                 raise UnsupportedError(f"parameter {name!r} has layout {p.layout}; dense (strided) is needed")
         for what in ("dtype", "device"):
@@ -212,7 +217,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor] | nn.Module) -> dict[st
     if vector.ndim not in (1, 2) or vector.shape[0] != total:
         raise ShapeError(f"expected ({total},) or ({total}, K), got {tuple(vector.shape)}")
     pieces = vector.split([t.numel() for t in like.values()])
-    return {n: v.reshape(*t.shape, *vector.shape[1:]) for (n, t), v in zip(like.items(), pieces, strict=True)}
+    return {n: v.reshape((*t.shape, *vector.shape[1:])) for (n, t), v in zip(like.items(), pieces, strict=True)}
 
 
 def _last_layer(model: nn.Module, params: str) -> dict[str, nn.Parameter]:
