@@ -67,7 +67,7 @@ class Network:
         """
         self.check_modes()
         with ExitStack() as stack:
-            stack.enter_context(self.differentiable(_device_of(self.module, x)))
+            stack.enter_context(self.differentiable())
             stack.enter_context(without_backward_hooks(self.module))
             if selected is not None:
                 stack.enter_context(tracked_only(self.module, selected))
@@ -93,9 +93,9 @@ class Network:
         return self.module(x)
 
     @contextmanager
-    def differentiable(self, device: torch.device) -> Iterator[None]:
+    def differentiable(self) -> Iterator[None]:
         """Kernels with second derivatives, for this network; see `patches.differentiable`."""
-        with differentiable(device, recurrent=self.recurrent, embeddings=self.embeddings):
+        with differentiable(recurrent=self.recurrent, embeddings=self.embeddings):
             yield
 
     def by_keyword(self, x: Inputs) -> bool:

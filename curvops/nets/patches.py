@@ -115,17 +115,23 @@ def has_recurrence(model: nn.Module) -> bool:
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Autograd on, whatever the caller's `no_grad` or `inference_mode` says."""
+    """Autograd on and autocast off, whatever the caller's `no_grad`, `inference_mode` or `autocast` says."""
     with torch.inference_mode(False), torch.enable_grad():
-        yield
+        lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not lowered:
+            yield
+            return
+        with ExitStack() as stack:
+            for kind in lowered:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
 
 @contextmanager
-def differentiable(device: torch.device, *, recurrent: bool = False, embeddings: bool = False) -> Iterator[None]:
+def differentiable(*, recurrent: bool = False, embeddings: bool = False) -> Iterator[None]:
     """Kernels with second derivatives, autograd on, autocast off; all put back on the way out.
 
     Args:
-        device: Where the network runs (for autocast).
         recurrent: Switch the fused cuDNN and oneDNN recurrences off.
         embeddings: Intercept EmbeddingBag and lookups with sparse or scaled gradients.
     """
@@ -133,8 +139,6 @@ def differentiable(device: torch.device, *, recurrent: bool = False, embeddings:
     with ExitStack() as stack:
         stack.enter_context(recording())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
         if recurrent:
             stack.enter_context(_plain_recurrence())
         if embeddings:

@@ -81,7 +81,7 @@ class _Kept:
                         # Checkpointed parts run their forward again, which must then see what the first one saw.
                         self._recomputes = True
                 with (
-                    self._network.differentiable(self.selection.device),
+                    self._network.differentiable(),
                     tracked_only(self._network.module, self.selection.tensors),
                 ):
                     return run()

@@ -13,7 +13,7 @@ milliseconds. Parameters, inputs and targets are drawn from private generators: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,9 @@ class Problem:
         return f"Problem({self.name!r})"
 
 
-def problems() -> Iterator[Problem]:
+def problems() -> tuple[Problem, ...]:
     """Every problem, in a fixed order."""
-    return iter(_ALL.values())
+    return tuple(_ALL.values())
 
 
 def problem(name: str) -> Problem:
@@ -195,8 +195,8 @@ def _encoder() -> nn.Module:
     return _net(layer, Apply(lambda h: h.mean(1)), nn.Linear(2, C))
 
 
-def _recurrent(kind: type[nn.RNNBase]) -> nn.Module:
-    return Recurrent(kind(3, 2, batch_first=True), C)
+def _recurrent(layer: Callable[..., nn.RNNBase]) -> nn.Module:
+    return Recurrent(layer(3, 2, batch_first=True), C)
 
 
 _LIST = [
