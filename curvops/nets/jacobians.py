@@ -63,7 +63,8 @@ def jacobians(
     Cost: one forward, and C (or T·C) backward passes over each example.
     """
     if enable_backprop:
-        return _attached(network, selection, x)
+        with recording():
+            return _attached(network, selection, x)
     chunks = list(example_rows(network, selection, x, byte_budget=byte_budget, road=road))
     rows = chunks[0][1] if len(chunks) == 1 else torch.cat([r for _, r, _ in chunks])
     f = chunks[0][2] if len(chunks) == 1 else torch.cat([f for _, _, f in chunks])
@@ -256,8 +257,7 @@ def _attached(network: Network, selection: ParameterSelection, x: Inputs) -> tup
     size = together.shape[0]
     rows, f = [], []
     for n in range(size):
-        with recording():
-            alone = network(take(x, n, n + 1, size), detach=False)
+        alone = network(take(x, n, n + 1, size), detach=False)
         if not close(alone.detach(), together[n : n + 1].detach()):
             return _attached_rows(selection, together).reshape(*together.shape, selection.size), together
         rows.append(_attached_rows(selection, alone))
@@ -268,7 +268,7 @@ def _attached(network: Network, selection: ParameterSelection, x: Inputs) -> tup
 def _attached_rows(selection: ParameterSelection, f: Tensor) -> Tensor:
     if not f.requires_grad:
         return f.new_zeros(f.numel(), selection.size)
-    with recording(), unhooked(selection.tensors):
+    with unhooked(selection.tensors):
         rows = []
         for entry in f.reshape(-1):
             try:
