@@ -21,8 +21,8 @@ from curvops.typing import Array, Matmat, Vector
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
 # Deflated follow-up runs that look for missed copies of multiple eigenvalues.
 _MAX_FOLLOW_UPS = 20
-# Rayleigh-Ritz steps on [vectors, residuals] where ARPACK's own estimate of a residual was too rosy.
-_POLISHES = 6
+# Block Lanczos steps that sharpen what ARPACK returned.
+_WIDENINGS = 20
 # Products spent on a first idea of the norm.
 _POWER_STEPS = 5
 
@@ -123,15 +123,7 @@ def eigsh(
 
     largest = max(search.norm if sigma is None else 0.0, abs(sigma or 0.0))
     tolerance = max(tol, 1e4 * unit_roundoff(dtype))
-    pairs = _rayleigh_ritz(A, Q, dtype, device)
-    if pairs.values.numel() > k:
-        pairs = _take(pairs, _chosen(pairs.values, k, which, sigma))
-    for _ in range(_POLISHES):
-        allowed = tolerance * max([largest, *pairs.values.abs().tolist()])
-        worst = max([0.0, *pairs.residuals.tolist()])
-        if worst <= allowed:
-            break
-        pairs = _polish(A, pairs, allowed)
+    pairs = _refined_pairs(A, Q, k, which, sigma, lambda values: tolerance * max(largest, values), dtype, device)
     worst = max([0.0, *pairs.residuals.tolist()])
     allowed = tolerance * max([largest, *pairs.values.abs().tolist()])
     converged = complete and pairs.values.numel() == k and worst <= allowed
@@ -180,6 +172,9 @@ class _Search:
 
     def run(self, which: str, k: int, v0: Tensor | None) -> tuple[Tensor, bool]:
         """Float64 orthonormal vectors `(P, ≥ k)` whose span holds the k wanted pairs, and whether all were found."""
+        if self.norm == 0.0:
+            # A killed a random vector: it is zero.
+            return torch.as_tensor(np.linalg.qr(np.stack([self._draw() for _ in range(k)], 1))[0]), True
         start = None if v0 is None else v0.detach().to("cpu", torch.float64).numpy().copy()
         values, Q, complete = self._arpack(which, k, None, start, self.tol)
         if not complete:
@@ -221,7 +216,7 @@ class _Search:
         self, which: str, k: int, found: Array | None, start: Array | None, tol: float
     ) -> tuple[Array, Array, bool]:
         # ARPACK's test is relative to the Ritz value, hopeless for an eigenvalue 0: shift the wanted end away from 0.
-        shift = {"LA": self.norm, "SA": -self.norm}.get(which, 0.0)
+        shift = {"LA": 2 * self.norm, "SA": -2 * self.norm}.get(which, 0.0)
         # Vectors found before get an eigenvalue that nobody asks for.
         parked = {"LA": 0.0, "SA": 0.0, "LM": 0.0, "SM": 2 * self.norm}[which]
 
@@ -235,18 +230,23 @@ class _Search:
             return y - found @ (found.T @ y) + shift * outside + parked * inside
 
         self.runs += 1
-        start = self._draw() if start is None else start
+        v = self._draw() if start is None else start
         if found is not None:
-            start = start - found @ (found.T @ start)
+            v = v - found @ (found.T @ v)
         operator = spla.LinearOperator((self.size, self.size), matvec=multiply, dtype=np.float64)  # pyright: ignore
         try:
             # SciPy's stub types tol by its default, the integer 0.
-            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": start}
+            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": v}
             values, vectors = spla.eigsh(operator, k=k, which=which, **options)
         except spla.ArpackNoConvergence as error:
             values = np.asarray(error.eigenvalues)
             self.trouble = f"ARPACK stopped with {values.size} of {k} pairs converged."
             return values - shift, np.asarray(error.eigenvectors).reshape(self.size, -1), False
+        except spla.ArpackError as error:
+            if found is None or k > 1 or "error -9" not in str(error):
+                raise
+            # "Starting vector is zero": A vanishes on what is left, so any vector there has the eigenvalue 0.
+            return np.zeros(1), (v / np.linalg.norm(v))[:, None], True
         return values - shift, vectors, True
 
 
@@ -278,36 +278,50 @@ def _take(pairs: Eigenpairs, which: Tensor) -> Eigenpairs:
     return Eigenpairs(pairs.values[which], pairs.vectors[:, which], pairs.residuals[which])
 
 
-def _rayleigh_ritz(A: Counted, Q: Tensor, dtype: torch.dtype, device: torch.device | str) -> Eigenpairs:
-    """Ritz pairs of A on the span of Q, with the residuals of the products that made them."""
-    size, count = Q.shape
-    if count == 0:
+def _refined_pairs(
+    A: Counted,
+    Q: Tensor,
+    k: int,
+    which: str,
+    sigma: float | None,
+    allowed: Callable[[float], float],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Eigenpairs:
+    """The k wanted Ritz pairs on the span of Q, the span widened by the residuals that are not `allowed`.
+
+    ARPACK's own estimate of a residual can be too rosy, for copies of a multiple eigenvalue above all. Each widening
+    is a block Lanczos step; no product is repeated.
+    """
+    size = Q.shape[0]
+    if Q.shape[1] == 0:
         empty = torch.zeros(0, dtype=dtype, device=device)
         return Eigenpairs(empty, torch.zeros(size, 0, dtype=dtype, device=device), empty)
     Q = torch.linalg.qr(Q)[0].to(device=device, dtype=dtype)
     W = A(Q).double()
     Q = Q.double()
-    H = Q.T @ W
-    values, U = torch.linalg.eigh((H + H.T) / 2)
-    vectors = Q @ U
-    residuals = column_norms(W @ U - vectors * values)
-    return Eigenpairs(values.to(dtype), vectors.to(dtype), residuals.to(dtype))
-
-
-def _polish(A: Counted, pairs: Eigenpairs, allowed: float) -> Eigenpairs:
-    """Ritz pairs on the span of the vectors and of the residuals above `allowed`, those nearest the old span."""
-    dtype, device = pairs.values.dtype, pairs.values.device
-    V = pairs.vectors
-    bad = pairs.residuals > allowed
-    R = (A(V[:, bad]) - V[:, bad] * pairs.values[bad]).double()
-    V = V.double()
-    R = R - V @ (V.T @ R)
-    Q = torch.linalg.qr(torch.cat((V, R / column_norms(R).clamp_min(torch.finfo(dtype).tiny)), 1))[0]
-    wider = _rayleigh_ritz(A, Q, dtype, device)
-    overlap = column_norms(V.T @ wider.vectors.double())
-    kept = overlap.argsort(descending=True)[: V.shape[1]].sort().values
-    better = _take(wider, kept)
-    return better if float(better.residuals.max()) < float(pairs.residuals.max()) else pairs
+    wanted = kept = None
+    for step in range(_WIDENINGS + 1):
+        H = Q.T @ W
+        values, U = torch.linalg.eigh((H + H.T) / 2)
+        if wanted is None or kept is None:
+            kept = _chosen(values, min(k, values.numel()), which, sigma).to(values.device)
+        else:
+            # Interior Ritz values of the wider span mean nothing: stay with the pairs nearest the ones first chosen.
+            kept = column_norms(wanted.T @ (Q @ U)).argsort(descending=True)[: kept.numel()].sort().values
+        wanted = Q @ U[:, kept]
+        R = W @ U[:, kept] - wanted * values[kept]
+        residuals = column_norms(R)
+        pairs = Eigenpairs(values[kept].to(dtype), wanted.to(dtype), residuals.to(dtype))
+        bad = residuals > allowed(float(values[kept].abs().max()))
+        if step == _WIDENINGS or not bool(bad.any()) or Q.shape[1] + int(bad.sum()) > size:
+            break
+        new = R[:, bad] / residuals[bad]
+        for _ in range(2):
+            new = torch.linalg.qr(new - Q @ (Q.T @ new))[0]
+        W = torch.cat((W, A(new.to(dtype)).double()), 1)
+        Q = torch.cat((Q, new), 1)
+    return pairs
 
 
 def _dense(

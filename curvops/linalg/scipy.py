@@ -108,11 +108,12 @@ def from_scipy(operator: Any) -> tuple[Matmat, Matmat]:
                 raise ShapeError(f"columns of shape {tuple(V.shape)}; expected ({rows}, K) for {linear!r}.")
             try:
                 out = product(V.detach().cpu().numpy())
-            except NotImplementedError as error:
+            except (NotImplementedError, TypeError) as error:
+                # SciPy's answer to a missing rmatvec depends on its version: one of these two.
                 if not transposed:
                     raise
                 raise UnsupportedError(
-                    f"{linear!r} defines no rmatvec, so there is no transposed product; build it with rmatvec=."
+                    f"{linear!r} gave no transposed product ({error}); build it with rmatvec= or rmatmat=."
                 ) from error
             return torch.tensor(np.asarray(out), dtype=V.dtype, device=V.device)
 
