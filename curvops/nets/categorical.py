@@ -31,9 +31,7 @@ class Categorical(Likelihood):
 
     name = "classification"
 
-    def __init__(
-        self, weight: Float[Tensor, " C"] | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
-    ) -> None:
+    def __init__(self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         if weight is not None:
             weight = check_weight(weight, "weight", "(C,), one per class")
         if not 0.0 <= label_smoothing <= 1.0:
@@ -49,7 +47,7 @@ class Categorical(Likelihood):
             self.weight, ignore_index=self.ignore_index, reduction="sum", label_smoothing=self.label_smoothing
         )
 
-    def loss(self, f: Float[Tensor, "*batch C"], y: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, ""]:
         """Σ w_y · cross-entropy, smoothed if asked for. O(f)."""
         self.check_shapes(f, y)
         return F.cross_entropy(
@@ -61,7 +59,7 @@ class Categorical(Likelihood):
             label_smoothing=self.label_smoothing,
         )
 
-    def gradient(self, f: Float[Tensor, "*batch C"], y: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch C"]:
+    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """s p − t. O(f)."""
         self.check_shapes(f, y)
         p, complement = softmax_and_complement(f)
@@ -74,8 +72,8 @@ class Categorical(Likelihood):
         return g * self.active(f, y).unsqueeze(-1)
 
     def output_hessian_product(
-        self, f: Float[Tensor, "*batch C"], y: Int[Tensor, "*batch"], U: Float[Tensor, "*any"]
-    ) -> Float[Tensor, "*any"]:
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
+    ) -> Float[Tensor, "*_"]:
         """s (diag p − p pᵀ) U. O(U)."""
         self.check_shapes(f, y)
         V = columns_last(U, f)
@@ -87,9 +85,7 @@ class Categorical(Likelihood):
         product = self._scale(f, y)[..., None, None] * p * (V - (p * V).sum(-2, keepdim=True))
         return product.reshape(U.shape)
 
-    def output_hessian_sqrt(
-        self, f: Float[Tensor, "*batch C"], y: Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch C R"]:
+    def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C R"]:
         """√s (diag √p − p√pᵀ) Q, R = C − 1, with Q the complement of √p by one Householder reflection. O(f·C).
 
         As √pᵀQ = 0 this is √s · diag(√p) Q, and reflecting r = √p to −e₀ gives Q_ij = [i = j] − u_i r_j / (1 + r₀) with
@@ -110,14 +106,14 @@ class Categorical(Likelihood):
         """C − 1: a softmax does not see a common shift of its inputs."""
         return C - 1
 
-    def active(self, f: Float[Tensor, "*batch C"], y: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+    def active(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Bool[Tensor, "*batch"]:
         """False where y is `ignore_index`."""
         return y != self.ignore_index
 
     def pseudo_gradients_at(
         self,
         f: Float[Tensor, "*batch C"],
-        y: Int[Tensor, "*batch"],
+        y: Shaped[Tensor, "*_"],
         *,
         seed: int,
         position: int | Int[Tensor, " B"],
@@ -207,7 +203,7 @@ def softmax_and_complement(f: Float[Tensor, "*batch C"]) -> tuple[Float[Tensor, 
     return p, (1 - p).scatter(-1, top, others)
 
 
-def check_weight(weight: Shaped[Tensor, "*any"], what: str, expected: str) -> Tensor:
+def check_weight(weight: Shaped[Tensor, "*_"], what: str, expected: str) -> Tensor:
     """A private copy of 1-dim weights, refused where they would break convexity."""
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         given = f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__

@@ -49,17 +49,17 @@ class Likelihood(ABC):
     # ---- the calculus ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Float[Tensor, ""]:
+    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, ""]:
         """Σ −log p(y | f) without constants, 0-dim, summed over data and positions; differentiable in f. O(f)."""
 
     @abstractmethod
-    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Float[Tensor, "*batch C"]:
+    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """∂loss/∂f: the residual of each datum and position, in f's shape. Their outer products make the EF. O(f)."""
 
     @abstractmethod
     def output_hessian_product(
-        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"], U: Float[Tensor, "*any"]
-    ) -> Float[Tensor, "*any"]:
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
+    ) -> Float[Tensor, "*_"]:
         """Λ U without forming Λ.
 
         Args:
@@ -72,12 +72,10 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def output_hessian_sqrt(
-        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]
-    ) -> Float[Tensor, "*batch C R"]:
+    def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C R"]:
         """L with Λ = L Lᵀ for each datum and position, R = `rank(C)` columns. Needs `is_convex`. O(f·R)."""
 
-    def output_hessian(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Float[Tensor, "*batch C C"]:
+    def output_hessian(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C C"]:
         """Λ itself, one C x C block per datum and position. O(f·C)."""
         C = f.shape[-1]
         return self.output_hessian_product(f, y, torch.eye(C, dtype=f.dtype, device=f.device).expand(*f.shape, C))
@@ -86,7 +84,7 @@ class Likelihood(ABC):
         """Columns R of `output_hessian_sqrt`."""
         return C
 
-    def active(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Bool[Tensor, "*batch"]:
+    def active(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Bool[Tensor, "*batch"]:
         """True where a datum or position counts; False at ignored targets, whose loss and curvature are zero."""
         return torch.ones(f.shape[:-1], dtype=torch.bool, device=f.device)
 
@@ -97,7 +95,7 @@ class Likelihood(ABC):
     # ---- Monte Carlo --------------------------------------------------------------------------------------------
 
     def pseudo_gradients(
-        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"], generator: torch.Generator
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], generator: torch.Generator
     ) -> Float[Tensor, "*batch C"]:
         """One draw g per datum and position with E g gᵀ = Λ (MC Fisher; Kunstner et al. 2019).
 
@@ -115,7 +113,7 @@ class Likelihood(ABC):
     def pseudo_gradients_at(
         self,
         f: Float[Tensor, "*batch C"],
-        y: Shaped[Tensor, "*any"],
+        y: Shaped[Tensor, "*_"],
         *,
         seed: int,
         position: int | Int64[Tensor, " B"],
@@ -139,7 +137,7 @@ class Likelihood(ABC):
 
     # ---- what is refused ----------------------------------------------------------------------------------------
 
-    def check(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> None:
+    def check(self, f: Shaped[Tensor, "*_"], y: Shaped[Tensor, "*_"]) -> None:
         """Refuse outputs and targets that cannot carry a curvature; reads every value once. O(f).
 
         Raises:
@@ -152,7 +150,7 @@ class Likelihood(ABC):
             require_finite(y, "The targets")
         self._check_values(f, y)
 
-    def check_shapes(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> None:
+    def check_shapes(self, f: Shaped[Tensor, "*_"], y: Shaped[Tensor, "*_"]) -> None:
         """The part of `check` that reads no values: shapes, dtypes and devices. O(1)."""
         if f.dim() not in (2, 3):
             raise ShapeError(

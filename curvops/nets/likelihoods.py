@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from curvops.errors import DataError, ShapeError, UnsupportedError
@@ -48,27 +48,25 @@ class Normal(Likelihood):
         """1/(2σ²): ½ for σ = 1."""
         return 0.5 / self.sigma**2
 
-    def loss(self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]) -> Float[Tensor, ""]:
+    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, ""]:
         """½ Σ (f − y)²/σ². O(f)."""
         self.check_shapes(f, y)
         return self.factor * F.mse_loss(f, y, reduction="sum")
 
-    def gradient(self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """(f − y)/σ². O(f)."""
         self.check_shapes(f, y)
         return (f - y) / self.sigma**2
 
     def output_hessian_product(
-        self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"], U: Float[Tensor, "*any"]
-    ) -> Float[Tensor, "*any"]:
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
+    ) -> Float[Tensor, "*_"]:
         """U/σ². O(U)."""
         self.check_shapes(f, y)
         columns_last(U, f)
         return U / self.sigma**2
 
-    def output_hessian_sqrt(
-        self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]
-    ) -> Float[Tensor, "*batch C C"]:
+    def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C C"]:
         """I/σ, a read-only view that repeats one C x C matrix. O(C²)."""
         self.check_shapes(f, y)
         C = f.shape[-1]
@@ -77,7 +75,7 @@ class Normal(Likelihood):
     def pseudo_gradients_at(
         self,
         f: Float[Tensor, "*batch C"],
-        y: Float[Tensor, "*batch C"],
+        y: Shaped[Tensor, "*_"],
         *,
         seed: int,
         position: int | Int64[Tensor, " B"],
@@ -107,9 +105,7 @@ class Bernoulli(Likelihood):
 
     name = "binary"
 
-    def __init__(
-        self, pos_weight: Float[Tensor, " C"] | None = None, weight: Float[Tensor, " C"] | None = None
-    ) -> None:
+    def __init__(self, pos_weight: Tensor | None = None, weight: Tensor | None = None) -> None:
         self.pos_weight = None if pos_weight is None else check_weight(pos_weight, "pos_weight", "(C,) or (1,)")
         self.weight = None if weight is None else check_weight(weight, "weight", "(C,) or (1,)")
 
@@ -118,29 +114,27 @@ class Bernoulli(Likelihood):
         """`nn.BCEWithLogitsLoss(reduction="sum")` with these weights."""
         return nn.BCEWithLogitsLoss(self.weight, reduction="sum", pos_weight=self.pos_weight)
 
-    def loss(self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]) -> Float[Tensor, ""]:
+    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, ""]:
         """Σ binary cross-entropy with logits. O(f)."""
         self.check_shapes(f, y)
         w, c = self._weights(f)
         return F.binary_cross_entropy_with_logits(f, y, w, reduction="sum", pos_weight=c)
 
-    def gradient(self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """w (1 − y) σ(f) − w c y σ(−f); σ(f) − y without weights, and without its cancellation. O(f)."""
         self.check_shapes(f, y)
         w, c = (1.0 if t is None else t for t in self._weights(f))
         return w * ((1 - y) * f.sigmoid() - c * y * (-f).sigmoid())
 
     def output_hessian_product(
-        self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"], U: Float[Tensor, "*any"]
-    ) -> Float[Tensor, "*any"]:
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
+    ) -> Float[Tensor, "*_"]:
         """s σ(f) σ(−f) U, entry by entry. O(U)."""
         self.check_shapes(f, y)
         V = columns_last(U, f)
         return (self._variance(f, y).unsqueeze(-1) * V).reshape(U.shape)
 
-    def output_hessian_sqrt(
-        self, f: Float[Tensor, "*batch C"], y: Float[Tensor, "*batch C"]
-    ) -> Float[Tensor, "*batch C C"]:
+    def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C C"]:
         """diag √(s σ(f) σ(−f)). O(f·C)."""
         self.check_shapes(f, y)
         return torch.diag_embed(self._variance(f, y).sqrt())
@@ -148,7 +142,7 @@ class Bernoulli(Likelihood):
     def pseudo_gradients_at(
         self,
         f: Float[Tensor, "*batch C"],
-        y: Float[Tensor, "*batch C"],
+        y: Shaped[Tensor, "*_"],
         *,
         seed: int,
         position: int | Int64[Tensor, " B"],

@@ -36,7 +36,7 @@ class LossLikelihood(Likelihood):
         """fn itself."""
         return self._fn
 
-    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Float[Tensor, ""]:
+    def loss(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, ""]:
         """fn(f, y), which must be 0-dim."""
         self.check_shapes(f, y)
         value = self._fn(f, y)
@@ -45,15 +45,15 @@ class LossLikelihood(Likelihood):
             raise ShapeError(f"The loss function returned {given}; expected a 0-dim tensor, the sum over the data.")
         return value
 
-    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]) -> Float[Tensor, "*batch C"]:
+    def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """∂fn/∂f by one backward."""
         with torch.inference_mode(False), torch.enable_grad():
             _, g = self._graph(f, y, create_graph=False)
         return g
 
     def output_hessian_product(
-        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"], U: Float[Tensor, "*any"]
-    ) -> Float[Tensor, "*any"]:
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
+    ) -> Float[Tensor, "*_"]:
         """Λ U by one double backward per column; exact also where fn couples data or positions."""
         V = columns_last(U, f)
         with torch.inference_mode(False), torch.enable_grad():
@@ -64,10 +64,10 @@ class LossLikelihood(Likelihood):
             columns = [_backward(g, leaf, V[..., k]) for k in range(V.shape[-1])]
         return torch.stack(columns, -1).reshape(U.shape) if columns else torch.zeros_like(U)
 
-    def output_hessian_sqrt(
-        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*any"]
-    ) -> Float[Tensor, "*batch C R"]:
-        """Q diag(√λ) of each C x C block, R = C. O(C) double backwards and O(f·C²).
+    def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C R"]:
+        """Λ^½ = Q diag(√λ) Qᵀ of each block, R = C; unlike Q diag(√λ) it is unique, so that batching changes nothing.
+
+        Cost O(C) double backwards and O(f·C²).
 
         Raises:
             UnsupportedError: `is_convex` was not promised, or fn couples data or positions.
@@ -98,7 +98,7 @@ class LossLikelihood(Likelihood):
                 f"{self!r} was promised convex, but its Hessian at datum {where} of the batch has the eigenvalue "
                 f"{float(values[where].min()):.3g}. Build it with is_convex=False."
             )
-        return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
     def _graph(self, f: Tensor, y: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
         """A private leaf of f's values, and ∂fn/∂f there."""
