@@ -1,0 +1,82 @@
+"""curvops: every curvature of a neural network as one lazy linear operator.
+
+    import curvops as co
+    H = co.GGN(model, "classification", data)       # P x P, nothing computed yet
+    (H.add_diagonal(1.0)).solve(v)                  # certified by the true residual
+    (H.add_diagonal(1.0)).logdet()                  # with an error bar where it is estimated
+"""
+
+from curvops import errors
+from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Gram, Hessian, Jacobian, MCFisher
+from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
+from curvops.linalg.spectrum import Spectrum
+from curvops.nets import likelihoods
+from curvops.nets.parameters import flatten, unflatten
+from curvops.operators import (
+    BlockDiagonal,
+    Closure,
+    Dense,
+    Diagonal,
+    Eigen,
+    Identity,
+    Kronecker,
+    LinearOperator,
+    LowRank,
+)
+from curvops.operators.methods import (
+    CG,
+    LU,
+    MINRES,
+    SLQ,
+    Cholesky,
+    Eigh,
+    FunctionSpace,
+    Hutchinson,
+    Lanczos,
+    Nystrom,
+    PerturbAndSolve,
+    XDiag,
+    XTrace,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "GGN",
+    "LU",
+    "MINRES",
+    "SLQ",
+    "BlockDiagonal",
+    "Cholesky",
+    "Closure",
+    "Dense",
+    "Diagonal",
+    "Eigen",
+    "Eigenpairs",
+    "Eigh",
+    "EmpiricalFisher",
+    "EstimateReport",
+    "FunctionSpace",
+    "Gram",
+    "Hessian",
+    "Hutchinson",
+    "Identity",
+    "Jacobian",
+    "Kronecker",
+    "Lanczos",
+    "LinearOperator",
+    "LowRank",
+    "MCFisher",
+    "Nystrom",
+    "PerturbAndSolve",
+    "Report",
+    "SolveReport",
+    "Spectrum",
+    "XDiag",
+    "XTrace",
+    "errors",
+    "flatten",
+    "likelihoods",
+    "unflatten",
+]

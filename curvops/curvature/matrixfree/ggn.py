@@ -1,0 +1,117 @@
+"""Curvatures of the form `Σ Jᵀ Λ J`, and the generalised Gauss–Newton matrix.
+
+    v → J v → Λ J v → Jᵀ Λ J v ,  batch by batch, on a kept graph
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from curvops.curvature.matrixfree.base import Cache, DataOperator
+from curvops.curvature.matrixfree.forms import Form, HessianForm
+from curvops.curvature.objective import Objective, Options
+from curvops.nets.batches import Batch
+from curvops.nets.products import Linearisation
+from curvops.operators.base import LinearOperator
+
+
+@dataclass(frozen=True)
+class LinearPiece:
+    """One batch: the Jacobian's products and the form on its outputs."""
+
+    linearisation: Linearisation
+    form: Form
+
+    @property
+    def outputs(self) -> Tensor:
+        """f, detached."""
+        return self.linearisation.outputs
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graphs hold."""
+        return self.linearisation.graph_bytes
+
+    def release(self) -> None:
+        """Drop the graphs."""
+        self.linearisation.release()
+
+
+class GaussNewton(DataOperator):
+    """`Σ over data of Jᵀ Λ J`; a subclass says what Λ is by `_form`."""
+
+    def _form(self, batch: Batch, f: Tensor) -> Form:
+        """Λ on the batch's outputs f."""
+        raise NotImplementedError
+
+    def _rows(self, outputs: tuple[int, ...]) -> int:
+        """Rows of function space per datum, whose outputs have the shape `(C,)` or `(T, C)`."""
+        raise NotImplementedError
+
+    def _build(self, batch: Batch) -> LinearPiece:
+        linearisation = Linearisation(self.objective.network, self.objective.selection, batch.x)
+        with torch.no_grad():
+            return LinearPiece(linearisation, self._form(batch, linearisation.outputs))
+
+    def _product(self, V: Tensor) -> Tensor:
+        return self._sum(V, lambda piece, W: piece.linearisation.vjp(piece.form.product(piece.linearisation.jvp(W))))
+
+    def _factor(self) -> LinearOperator | None:
+        from curvops.curvature.matrixfree.jacobian import Factor
+
+        return Factor(self) if self.is_psd else None
+
+    def _gram(self) -> LinearOperator | None:
+        from curvops.curvature.matrixfree.gram import GramOf
+
+        return GramOf(self) if self.is_psd else None
+
+
+class GGN(GaussNewton):
+    """The generalised Gauss–Newton matrix `Σ Jᵀ Λ J` (Schraudolph 2002), P x P, summed over the data.
+
+    Λ is the Hessian of −log p(y | f) in the outputs: I for regression, diag(p) − ppᵀ for classification, σ(1−σ) for
+    binary targets. For these likelihoods it equals the Fisher information matrix.
+
+    Args:
+        model: The network, in eval mode where it has BatchNorm or Dropout.
+        likelihood: "regression", "classification", "binary", a loss module with `reduction="sum"`, or a `Likelihood`.
+        data: One batch `(x, y)` (a tuple), a Mapping, or a re-iterable of batches (a list, a DataLoader).
+        cache: "auto" keeps linearisations within the memory budget, True all, False none.
+        options: `params`, `dict_key_x`, `dict_key_y`, `num_data`, `memory_budget`, `progress`, `snapshot`; see
+            `curvops.curvature.objective.Objective`.
+
+    Cost: building reads the parameters once; the first product costs about three gradients, each further one about one
+    and a half.
+
+    Example:
+        >>> import torch, curvops as co
+        >>> model = torch.nn.Linear(3, 2).double()
+        >>> data = (torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.long))
+        >>> co.GGN(model, "classification", data)
+        GGN(P=8, N=5, classification)
+    """
+
+    def __init__(
+        self, model: nn.Module, likelihood: Any, data: Any, *, cache: Cache = "auto", **options: Unpack[Options]
+    ) -> None:
+        self._begin(Objective(model, likelihood, data, **options), cache=cache)
+
+    def _begin(self, objective: Objective, *, cache: Cache = "auto", **facts: Any) -> None:
+        assert objective.likelihood is not None
+        super()._begin(objective, cache=cache, is_psd=objective.likelihood.is_convex)
+
+    def _form(self, batch: Batch, f: Tensor) -> Form:
+        assert self.objective.likelihood is not None
+        return HessianForm(self.objective.likelihood, f, batch.y)
+
+    def _rows(self, outputs: tuple[int, ...]) -> int:
+        assert self.objective.likelihood is not None
+        *positions, C = outputs
+        return math.prod(positions) * self.objective.likelihood.rank(C)

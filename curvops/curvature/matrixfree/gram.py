@@ -1,0 +1,99 @@
+"""The curvature seen from function space: `B Bᵀ` (n x n), which shares its nonzero eigenvalues with `BᵀB`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from curvops.curvature.matrixfree.base import Cache
+from curvops.curvature.matrixfree.ggn import GGN, GaussNewton
+from curvops.curvature.matrixfree.jacobian import (
+    Factor,
+    UnweightedGGN,
+    function_space_size,
+    known_function_space_size,
+)
+from curvops.curvature.objective import Objective, Options
+from curvops.memory import default_budget
+from curvops.operators.base import LinearOperator
+from curvops.operators.formula import Formula
+
+
+class GramOf(LinearOperator):
+    """`B Bᵀ` of a curvature `BᵀB`, n x n; a product costs two passes over the data's linearisations."""
+
+    def __init__(self, curvature: GaussNewton) -> None:
+        super().__init__((0, 0), curvature.dtype, curvature.device, is_psd=True, memory_budget=curvature.memory_budget)
+        self.curvature = curvature
+        self.factor = Factor(curvature)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n = function_space_size(self.curvature)
+        return (n, n)
+
+    def _known_shape(self) -> tuple[int | None, int | None]:
+        n = known_function_space_size(self.curvature)
+        return (n, n)
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.factor._apply(self.factor._rapply(V))
+
+    def _dense(self) -> Tensor:
+        n, size = self.factor.shape
+        budget = default_budget(self.device) if self.memory_budget is None else self.memory_budget
+        # All of B at once is one product per row; without room for it, blocks of its rows go back through B.
+        if n * size * self.dtype.itemsize <= budget // 2:
+            B = self.factor._dense()
+            return B @ B.T
+        step = max(1, min(n, (budget // 4) // (size * self.dtype.itemsize)))
+        columns = []
+        for start in range(0, n, step):
+            unit = torch.zeros(n, min(step, n - start), dtype=self.dtype, device=self.device)
+            unit[torch.arange(start, start + unit.shape[1]), torch.arange(unit.shape[1])] = 1.0
+            columns.append(self._apply(unit))
+        dense = torch.cat(columns, 1)
+        return (dense + dense.T) / 2
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return (self.curvature,)
+
+    @property
+    def layout(self) -> None:
+        return None
+
+    def _holds_tensors(self) -> bool:
+        return False
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
+        curvature = self.curvature._to(dtype, device)
+        assert isinstance(curvature, GaussNewton)
+        return GramOf(curvature)
+
+    def _formula(self) -> Formula:
+        return Formula("leaf", f"Gram({', '.join(self.curvature._facts())})")
+
+
+class Gram(GramOf):
+    """The Gram matrix `B Bᵀ` in function space, B = LᵀJ the factor of the GGN, n x n with n = N·C (or N·(C−1)).
+
+    Args:
+        model, likelihood, data, cache, options: As for `GGN`.
+        weighted: False for `J Jᵀ`, the empirical neural tangent kernel (Jacot et al. 2018), N·C x N·C.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Any,
+        data: Any,
+        *,
+        weighted: bool = True,
+        cache: Cache = "auto",
+        **options: Unpack[Options],
+    ) -> None:
+        kind = GGN if weighted else UnweightedGGN
+        super().__init__(kind.of(Objective(model, likelihood, data, **options), cache=cache))
