@@ -1,0 +1,204 @@
+"""Lanczos quadrature of numbered probes, grown in number and in depth until its half-width meets a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from curvops.linalg import quadrature
+from curvops.linalg.lanczos import Tridiagonal, extend, lanczos
+from curvops.linalg.probes import rademacher
+from curvops.linalg.quadrature import Rules, SpectralFunction
+from curvops.typing import Matmat
+
+FIRST_PROBES = 10
+FIRST_STEPS = 20
+_SLAB_BYTES = 1 << 27
+_INSIDE = 0.2
+"""The bracket is inside the Monte-Carlo error when half of it is below this part of that error."""
+
+
+def student(m: int) -> float:
+    """t₀.₉₇₅(m − 1); infinite for a single probe, which says nothing of its own spread."""
+    return float(stats.t.ppf(0.975, m - 1)) if m > 1 else math.inf
+
+
+class Interval(NamedTuple):
+    """value ± half_width, of which `noise` = t·stderr is Monte-Carlo error and `bracket` = ½(high − low) "
+    "quadrature's."""
+
+    value: float
+    stderr: float
+    low: float
+    high: float
+    noise: float
+    bracket: float
+
+    @property
+    def half_width(self) -> float:
+        """t₀.₉₇₅(m − 1)·stderr + ½(high − low)."""
+        return self.noise + self.bracket
+
+
+def interval(low: Tensor, high: Tensor, offset: float = 0.0, slack: float = 0.0) -> Interval:
+    """Interval of the mean of m bracketed values, moved by `offset ± slack`."""
+    bottom, top = float(low.mean()) + offset - slack, float(high.mean()) + offset + slack
+    m = len(low)
+    stderr = float(((low + high) / 2).std() / math.sqrt(m)) if m > 1 else math.inf
+    noise = student(m) * stderr if stderr > 0 else 0.0
+    return Interval((bottom + top) / 2, stderr, bottom, top, noise, (top - bottom) / 2)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may grow, and how far: None for `probes` or `steps` lets it grow from its first value."""
+
+    probes: int | None = None
+    steps: int | None = None
+    max_probes: int = 2560
+    max_steps: int = 1000
+    first_steps: int = FIRST_STEPS
+
+
+class Run:
+    """Lanczos runs of probes 0, 1, …; a basis is kept only while its run may still be extended.
+
+    Args:
+        matmat: `(P, K) → (P, K)`, symmetric.
+        size: P.
+        f: The function whose quadratic forms are bracketed.
+        lower_bound: Proven lower bound of the spectrum, or None.
+        seed: Seed of the probes.
+        dtype: Type in which the matrix multiplies.
+        device: Device on which the matrix multiplies.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        matmat: Matmat,
+        size: int,
+        f: SpectralFunction,
+        lower_bound: float | None,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        progress: bool,
+    ) -> None:
+        self.matmat, self.size, self.f, self.lower_bound = matmat, size, f, lower_bound
+        self.seed, self.dtype, self.device, self.progress = seed, dtype, device, progress
+        self.groups: list[Tridiagonal] = []
+        self.rules: list[Rules] = []
+        self.matvecs = self.probes = self.steps = 0
+
+    def _fresh(self, start: int, count: int, keep: bool) -> Tridiagonal:
+        z = rademacher(self.size, start, count, seed=self.seed, dtype=self.dtype, device=self.device)
+        tri = lanczos(self.matmat, z, self.steps, basis=keep, progress=self.progress)
+        self.matvecs += tri.matvecs
+        return tri
+
+    def add_probes(self, count: int, steps: int, keep: bool) -> None:
+        """Run `count` further probes; slabs of them share their products, as many as a moderate basis allows."""
+        self.steps = max(self.steps, min(steps, self.size))
+        width = max(FIRST_PROBES, int(_SLAB_BYTES / (self.size * self.steps * self.dtype.itemsize)))
+        end = self.probes + count
+        while self.probes < end:
+            number = min(width, end - self.probes)
+            self.groups.append(self._fresh(self.probes, number, keep))
+            self.rules.append(quadrature.rules(self.groups[-1], self.lower_bound))
+            self.probes += number
+
+    def deepen(self, steps: int) -> None:
+        """Bring every run to `steps`; runs whose basis is gone start again (same probes)."""
+        self.steps, start = min(steps, self.size), 0
+        for i, tri in enumerate(self.groups):
+            count = len(tri.norms)
+            if tri.current is not None:
+                self.groups[i] = extend(self.matmat, tri, max(1, self.steps - tri.steps), progress=self.progress)
+                self.matvecs += self.groups[i].matvecs - tri.matvecs
+            elif not bool(tri.exact.all()):
+                self.groups[i] = self._fresh(start, count, True)
+            self.rules[i] = quadrature.rules(self.groups[i], self.lower_bound)
+            start += count
+
+    def drop_bases(self) -> None:
+        """Release the memory of the Lanczos vectors."""
+        self.groups = [tri.without_basis() for tri in self.groups]
+
+    @property
+    def exhausted(self) -> bool:
+        """Every run is exact: more steps change nothing."""
+        return all(bool(tri.exact.all()) for tri in self.groups)
+
+    @property
+    def rounding(self) -> float:
+        """Largest η of the runs: absolute error of the products, in the unit of the matrix."""
+        return max(float(r.rounding.max()) for r in self.rules)
+
+    def rounding_bracket(self) -> float:
+        """Half the mean bracket that rounding alone explains."""
+        return float(torch.cat([quadrature.rounding_share(r, self.f) for r in self.rules]).mean()) / 2
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """`(m,)` lower and upper bounds of zᵀ f(A) z."""
+        pairs = [quadrature.bracket(r, self.f) for r in self.rules]
+        return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+
+
+def grow(
+    run: Run,
+    target: Callable[[float], float],
+    limits: Limits,
+    *,
+    offset: float = 0.0,
+    slack: float = 0.0,
+    pause: Callable[[Run, float], bool] = lambda run, goal: False,
+) -> tuple[Interval, str]:
+    """Grow depth and probes until the half-width meets the target.
+
+    Depth comes first, while the probes are few: until the bracket is inside the error that more probes must remove.
+
+    Args:
+        run: The runs; begun here if empty.
+        target: Half-width wanted, given the value; infinite for none.
+        limits: What may grow.
+        offset: Known part of the value.
+        slack: Rounding of that part.
+        pause: Asked while the target is not met; True ends the growth for a better road.
+
+    Returns:
+        `(interval, limit)`: "" when the target was met, "paused", or what stopped the growth.
+    """
+    max_steps = min(limits.max_steps, run.size)
+    if not run.groups:
+        first = limits.steps or min(limits.first_steps, max_steps)
+        run.add_probes(limits.probes or FIRST_PROBES, first, keep=limits.steps is None)
+    while True:
+        found = interval(*run.bounds(), offset=offset, slack=slack)
+        goal = target(found.value)
+        if found.half_width <= goal:
+            return found, ""
+        if pause(run, goal):
+            return found, "paused"
+        rounded = run.exhausted or found.bracket <= 1.2 * (run.rounding_bracket() + slack)
+        deepest = limits.steps is not None or run.steps >= max_steps or rounded
+        ceiling = _INSIDE * max(found.noise, goal)
+        if not deepest and not found.bracket <= ceiling:
+            run.deepen(min(max_steps, max(run.steps + 4, int(1.5 * run.steps))))
+            continue
+        if not found.bracket < goal:
+            why = "rounding of the products" if rounded else f"{run.steps} Lanczos steps"
+            return found, f"{why} left a bracket of ±{found.bracket:.3g}"
+        if limits.probes is not None or run.probes >= limits.max_probes:
+            return found, f"only {run.probes} probes were allowed"
+        settled = deepest or found.bracket <= _INSIDE * goal
+        if settled:
+            run.drop_bases()
+        run.add_probes(min(run.probes, limits.max_probes - run.probes), run.steps, keep=not settled)
