@@ -21,6 +21,7 @@ from curvops.linalg.columns import (
     norm_seen,
     outside_range,
     prepare,
+    probed_norm,
     unit_roundoff,
 )
 from curvops.linalg.results import SolveReport
@@ -29,6 +30,8 @@ from curvops.typing import Matmat
 _SENTENCES = {
     "max_iters": "the iteration limit was reached; raise max_iters, add damping or a preconditioner.",
     "stagnated": "the recomputed residual no longer falls; loosen rtol, use float64, or refine=True.",
+    "diverged": "the iteration diverged, so the operator is singular or indefinite to working precision; use MINRES(), "
+    "add a diagonal or use float64.",
     "range": "b has a component along a direction p with p'Ap zero to working precision, so b is not in the range of "
     "the operator (or the operator is singular to working precision); add a diagonal or project b.",
 }
@@ -74,7 +77,8 @@ def cg(
         NotPositiveDefiniteError: A direction p with pᵀAp < 0 beyond rounding, or a preconditioner with rᵀMr ≤ 0.
         ShapeError, DataError, ValueError: Arguments (see `prepare`), or a product that is NaN.
 
-    Cost: per iteration one product with the columns that are still open and O(P K). Memory 5 P K.
+    Cost: per iteration one product with the columns that are still open and O(P K), one product per recomputed
+    residual, two single columns for ‖A‖ where preconditioned. Memory 5 P K.
 
     Source: Hestenes and Stiefel (1952); Greenbaum (1997) for the attainable residual 2u‖A‖‖x‖.
     """
@@ -82,9 +86,17 @@ def cg(
     system = prepare(B, x0, rtol, max_iters)
     A = Counted(matmat)
     answers = Answers.of(system)
+    M = None if preconditioner is None else Counted(preconditioner, "the preconditioner")
     iterations = 0
     if system.active.numel():
-        iterations = _iterate(A, system, answers, preconditioner, progress)
+        state = _Iteration(A, M, system, answers)
+        with tqdm(total=system.max_iters, desc="CG", disable=not progress, leave=False) as bar:
+            while state.columns.numel() and state.iterations < system.max_iters:
+                state.step()
+                bar.update()
+        if state.columns.numel():
+            state.finish()
+        iterations = state.iterations
     report = SolveReport(
         algorithm="CG" if preconditioner is None else "preconditioned CG",
         matvecs=A.columns,
@@ -98,108 +110,128 @@ def cg(
     return answers.X * system.scale, report
 
 
-def _iterate(
-    A: Counted,
-    system: System,
-    answers: Answers,
-    preconditioner: Callable[[Tensor], Tensor] | None,
-    progress: bool,
-) -> int:
-    columns = system.active
-    B = system.B[:, columns]
-    size, dtype = B.shape[0], B.dtype
-    M = None if preconditioner is None else Counted(preconditioner, "the preconditioner")
-    # Below this Rayleigh quotient, relative to ‖A‖, the sign of pᵀAp is decided by rounding.
-    floor = unit_roundoff(dtype) * (8 + math.sqrt(size))
-    norm = B.new_zeros(())
-    if system.X is None:
-        X, R = torch.zeros_like(B), B.clone()
-    else:
-        X = system.X[:, columns].clone()
-        AX = A(X)
+class _Iteration:
+    """The columns still open and their recurrences; every attribute but `norm` has one entry or column for each."""
+
+    def __init__(self, A: Counted, M: Counted | None, system: System, answers: Answers) -> None:
+        self.A, self.M, self.system, self.answers = A, M, system, answers
+        self.u = unit_roundoff(system.B.dtype)
+        # Below this Rayleigh quotient, relative to ‖A‖, the sign of pᵀAp is decided by rounding.
+        self.floor = self.u * (8 + math.sqrt(system.B.shape[0]))
+        self.columns = system.active
+        self.B = system.B[:, self.columns]
+        self.norm = self.B.new_zeros(()) if M is None else probed_norm(A, self.B)
+        if system.X is None:
+            self.X, self.R = torch.zeros_like(self.B), self.B.clone()
+        else:
+            self._start_at(system.X[:, self.columns])
+        scale = system.norms[self.columns]
+        self.target = (0.999 * system.rtol * scale) ** 2
+        # In exact arithmetic ‖r‖ ≤ √κ(A) ‖r₀‖, and a κ past 1/u is beyond this precision.
+        self.ceiling = 100 / self.u * torch.maximum(column_dots(self.R, self.R), scale**2)
+        # Last recomputed residual, and how many of them in a row have not halved it.
+        self.last = torch.full_like(self.target, math.inf)
+        self.strikes = torch.zeros_like(self.target)
+        Z, self.rz = _precondition(M, self.R)
+        self.D = Z.clone()
+        self.iterations = 0
+
+    def _start_at(self, X: Tensor) -> None:
+        AX = self.A(X)
+        R = self.B - AX
+        self.norm = norm_seen(self.norm, AX, X)
+        met, _, _ = self.answers.judge(self.system, self.columns, X, R, float(self.norm))
+        self.columns, self.B, self.X, self.R = self.columns[~met], self.B[:, ~met], X[:, ~met], R[:, ~met]
+
+    def step(self) -> None:
+        """One iteration of every open column."""
+        D, X, R = self.D, self.X, self.R
+        AD = self.A(D)
+        dAd = column_dots(D, AD)
+        curvature = dAd / column_dots(D, D)
+        self.norm = torch.maximum(self.norm, curvature.amax())
+        sound = curvature > self.floor * self.norm
+        length = torch.where(sound, self.rz / dAd, 0.0)
+        X.addcmul_(D, length)
+        R.addcmul_(AD, length, value=-1)
+        rr = column_dots(R, R)
+        self.iterations += 1
+        event = ~sound | (rr <= self.target) | (rr > self.ceiling)
+        if self.iterations % _FUTILITY == 0:
+            event |= self._futile(rr)
+        restart = None
+        if bool(event.any()):
+            if not bool(sound.all()):
+                _refuse_negative(curvature[~sound], float(self.norm), self.floor)
+            rr, restart = self._check(event.nonzero().flatten(), ~sound, rr)
+            if not self.columns.numel():
+                return
+        Z, rz = (self.R, rr) if self.M is None else _precondition(self.M, self.R)
+        beta = rz / self.rz
+        if restart is not None:
+            beta = torch.where(restart, 0.0, beta)
+        self.D.mul_(beta).add_(Z)
+        self.rz = rz
+
+    def _futile(self, rr: Tensor) -> Tensor:
+        """Columns where rounding alone exceeds rtol (‖x‖ only grows) and the residual is no larger than it."""
+        scale = self.system.norms[self.columns]
+        rounding = 2 * self.u * self.norm * column_norms(self.X) / scale
+        return (rounding >= self.system.rtol) & (rr <= (2 * rounding * scale) ** 2)
+
+    def _check(self, checked: Tensor, broken: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
+        """Recompute residuals of the given columns, close those that are met or hopeless, correct the others.
+
+        Returns:
+            For the columns that stay open ‖r‖², and whether their recurrence has to start afresh.
+        """
+        system, answers, columns = self.system, self.answers, self.columns[checked]
+        X = self.X[:, checked]
+        B = self.B[:, checked]
+        AX = self.A(X)
         R = B - AX
-        norm = norm_seen(norm, AX, X)
-        met, _, _ = answers.judge(system, columns, X, R, float(norm))
-        keep = ~met
-        columns, B, X, R = columns[keep], B[:, keep], X[:, keep], R[:, keep]
-        if not columns.numel():
-            return 0
+        self.norm = norm_seen(self.norm, AX, X)
+        norm = float(self.norm)
+        met, relative, slack = answers.judge(system, columns, X, R, norm)
 
-    # Per column: squared target of the recurrence, last recomputed residual, checks that did not halve it.
-    target = (0.999 * system.rtol * system.norms[columns]) ** 2
-    last = torch.full_like(target, math.inf)
-    strikes = torch.zeros_like(target)
+        halved = relative <= 0.5 * self.last[checked]
+        self.last[checked] = relative
+        self.strikes[checked] = torch.where(halved, 0.0, self.strikes[checked] + 1)
+        limit = (slack >= system.rtol) & (relative <= 4 * slack)
+        null = broken[checked] & ~met & outside_range(B, self.D[:, checked], system.rtol)
+        wild = ~met & ~null & (rr[checked] > self.ceiling[checked])
+        stuck = ~met & ~null & ~wild & ((self.strikes[checked] >= _PATIENCE) | limit)
+        # Where the iterate has run away along a null vector, zero may be the better answer.
+        lost = null | wild
+        answers.judge(system, columns[lost], torch.zeros_like(X[:, lost]), B[:, lost], norm)
+        answers.fail("range", columns[null])
+        answers.fail("diverged", columns[wild])
+        answers.fail("stagnated", columns[stuck])
 
-    Z, rz = _precondition(M, R)
-    D = Z.clone()
-    iterations = 0
-    with tqdm(total=system.max_iters, desc="CG", disable=not progress, leave=False) as bar:
-        while iterations < system.max_iters:
-            AD = A(D)
-            dAd = column_dots(D, AD)
-            curvature = dAd / column_dots(D, D)
-            norm = torch.maximum(norm, curvature.amax())
-            sound = curvature > floor * norm
-            step = torch.where(sound, rz / dAd, 0.0)
-            X.addcmul_(D, step)
-            R.addcmul_(AD, step, value=-1)
-            rr = column_dots(R, R)
-            iterations += 1
-            bar.update()
-            restart = None
-            event = ~sound | (rr <= target)
-            if iterations % _FUTILITY == 0:
-                # ‖x‖ only grows: once rounding alone exceeds rtol, a residual of that size is the end of the road.
-                rounding = 2 * unit_roundoff(dtype) * norm * column_norms(X) / system.norms[columns]
-                event |= (rounding >= system.rtol) & (rr <= (2 * rounding * system.norms[columns]) ** 2)
-            if bool(event.any()):
-                if not bool(sound.all()):
-                    _refuse_negative(curvature[~sound], float(norm), floor)
-                checked = event.nonzero().flatten()
-                AX = A(X[:, checked])
-                Rt = B[:, checked] - AX
-                norm = norm_seen(norm, AX, X[:, checked])
-                met, relative, slack = answers.judge(system, columns[checked], X[:, checked], Rt, float(norm))
-                halved = relative <= 0.5 * last[checked]
-                last[checked] = relative
-                strikes[checked] = torch.where(halved, 0.0, strikes[checked] + 1)
-                broken = ~sound[checked]
-                null = broken & ~met & outside_range(B[:, checked], D[:, checked], system.rtol)
-                limit = (slack >= system.rtol) & (relative <= 4 * slack)
-                stuck = ~met & ~null & ((strikes[checked] >= _PATIENCE) | limit)
-                # Along p the iterate has run away; where its residual shows it, zero is the better answer.
-                answers.judge(system, columns[checked[null]], 0 * X[:, checked[null]], B[:, checked[null]], float(norm))
-                answers.fail("range", columns[checked[null]])
-                answers.fail("stagnated", columns[checked[stuck]])
+        # The recomputed residual replaces the recurrence's. Where it is the larger one by far, or the last direction
+        # was no descent, conjugacy to that direction is worth nothing: start afresh.
+        self.R[:, checked] = R
+        restart = torch.zeros_like(broken)
+        restart[checked] = broken[checked] | (column_dots(R, R) > 4 * rr[checked])
+        self.target[checked] *= 0.5
+        keep = torch.ones_like(broken)
+        keep[checked] = ~(met | lost | stuck)
+        if not bool(keep.all()):
+            self._drop(keep)
+            restart = restart[keep]
+        return column_dots(self.R, self.R), restart
 
-                # The recomputed residual replaces the recurrence's. Where it is the larger one by far, or the last
-                # direction was no descent, conjugacy to that direction is worth nothing: start afresh.
-                R[:, checked] = Rt
-                rr_true = column_dots(Rt, Rt)
-                restart = torch.zeros_like(event)
-                restart[checked] = broken | (rr_true > 4 * rr[checked])
-                target[checked] *= 0.5
-                keep = torch.ones_like(event)
-                keep[checked] = ~(met | null | stuck)
-                if not bool(keep.all()):
-                    columns, B, X, R, D = columns[keep], B[:, keep], X[:, keep], R[:, keep], D[:, keep]
-                    target, last, strikes, rz, restart = (v[keep] for v in (target, last, strikes, rz, restart))
-                    if not columns.numel():
-                        return iterations
-                rr = column_dots(R, R)
-            if M is None:
-                Z, rz_new = R, rr
-            else:
-                Z, rz_new = _precondition(M, R)
-            beta = rz_new / rz
-            if restart is not None:
-                beta = torch.where(restart, 0.0, beta)
-            D.mul_(beta).add_(Z)
-            rz = rz_new
-    AX = A(X)
-    met, _, _ = answers.judge(system, columns, X, B - AX, float(norm_seen(norm, AX, X)))
-    answers.fail("max_iters", columns[~met])
-    return iterations
+    def _drop(self, keep: Tensor) -> None:
+        self.columns, self.target, self.ceiling = self.columns[keep], self.target[keep], self.ceiling[keep]
+        self.last, self.strikes, self.rz = self.last[keep], self.strikes[keep], self.rz[keep]
+        self.B, self.X, self.R, self.D = self.B[:, keep], self.X[:, keep], self.R[:, keep], self.D[:, keep]
+
+    def finish(self) -> None:
+        """Judge the columns that the iteration limit has left open."""
+        AX = self.A(self.X)
+        norm = float(norm_seen(self.norm, AX, self.X))
+        met, _, _ = self.answers.judge(self.system, self.columns, self.X, self.B - AX, norm)
+        self.answers.fail("max_iters", self.columns[~met])
 
 
 def _precondition(M: Counted | None, R: Tensor) -> tuple[Tensor, Tensor]:

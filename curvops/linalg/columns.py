@@ -33,6 +33,21 @@ def norm_seen(norm: Tensor, AX: Tensor, X: Tensor) -> Tensor:
     return torch.maximum(norm, (column_norms(AX) / column_norms(X)).nan_to_num(0.0, 0.0).amax())
 
 
+def probed_norm(A: Counted, B: Tensor) -> Tensor:
+    """Lower bound on ‖A‖ from two power steps on the first column of B; two products.
+
+    For preconditioned iterations, whose own directions may hide the large eigenvalues that rounding is governed by.
+    """
+    v = B[:, :1]
+    norm = B.new_zeros(())
+    for _ in range(2):
+        v = v / column_norms(v)
+        w = A(v)
+        norm = norm_seen(norm, w, v)
+        v = w
+    return norm
+
+
 def outside_range(B: Tensor, D: Tensor, rtol: float) -> Tensor:
     """Whether directions p with Ap = 0 prove b out of reach: then ‖b − Ax‖ ≥ |pᵀb|/‖p‖ whatever x is."""
     return column_dots(B, D).abs() > rtol * column_norms(B) * column_norms(D)

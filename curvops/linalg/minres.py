@@ -21,6 +21,7 @@ from curvops.linalg.columns import (
     norm_seen,
     outside_range,
     prepare,
+    probed_norm,
     unit_roundoff,
 )
 from curvops.linalg.results import SolveReport
@@ -96,7 +97,7 @@ def _restarted(A: Counted, M: Counted | None, system: System, answers: Answers, 
     """Sweeps of MINRES, each on the recomputed residual that the one before left."""
     columns = system.active
     B = system.B[:, columns]
-    norm = B.new_zeros(())
+    norm = B.new_zeros(()) if M is None or not columns.numel() else probed_norm(A, B)
     if system.X is None:
         X, R = torch.zeros_like(B), B
         relative = torch.ones_like(system.norms[columns])

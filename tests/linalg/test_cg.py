@@ -283,15 +283,24 @@ def systems(draw):
     rtol = 10 ** draw(st.floats(-12, -2) if dtype == torch.float64 else st.floats(-6, -1))
     definite = ((Q * (scale * values)) @ Q.T).to(dtype)
     indefinite = ((Q * (scale * values * signs)) @ Q.T).to(dtype)
-    return definite, indefinite, B, start, rtol
+    preconditioner = None
+    if draw(st.booleans()):
+        # |A|⁻¹ up to a factor of two either way.
+        off = torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+        inverse = ((Q / (scale * values * off)) @ Q.T).to(dtype)
+
+        def preconditioner(R: Tensor) -> Tensor:
+            return inverse @ R
+
+    return definite, indefinite, B, start, rtol, preconditioner
 
 
-def check_claim(solver, M: Tensor, B: Tensor, start: Tensor | None, rtol: float) -> None:
+def check_claim(solver, M: Tensor, B: Tensor, start: Tensor | None, rtol: float, preconditioner) -> None:
     try:
-        X, report = solver(lambda V: M @ V, B, rtol=rtol, x0=start)
+        X, report = solver(lambda V: M @ V, B, rtol=rtol, x0=start, preconditioner=preconditioner)
     except NotPositiveDefiniteError:
-        # A stored matrix may have lost its definiteness to rounding; refusing it claims nothing.
-        assert solver is cg
+        # A stored matrix or preconditioner may have lost its definiteness to rounding; refusing it claims nothing.
+        assert solver is cg or preconditioner is not None
         return
     residual = true_residual(M, X, B)
     assert bool(torch.isfinite(X).all())
@@ -303,9 +312,9 @@ def check_claim(solver, M: Tensor, B: Tensor, start: Tensor | None, rtol: float)
 
 
 def certificate(drawn) -> None:
-    definite, indefinite, B, start, rtol = drawn
-    check_claim(cg, definite, B, start, rtol)
-    check_claim(minres, indefinite, B, start, rtol)
+    definite, indefinite, B, start, rtol, preconditioner = drawn
+    check_claim(cg, definite, B, start, rtol, preconditioner)
+    check_claim(minres, indefinite, B, start, rtol, preconditioner)
 
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
