@@ -123,9 +123,9 @@ class Categorical(Likelihood):
         self.check_shapes(f, y)
         p, complement = softmax_and_complement(f)
         uniform = addressed(draws.uniforms, f, 1, seed, position, sample)
-        cumulative = p.to(uniform.dtype).cumsum(-1)
+        cumulative = p.to(uniform.dtype).cumsum(-1).contiguous()
         # 0 < u·total ≤ total, and the first place that reaches it has p > 0: no class of probability 0 is drawn.
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:]).squeeze(-1)
+        drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1:]).contiguous()).squeeze(-1)
         return _minus_one_hot(p, complement, drawn) * self._scale(f, y).sqrt().unsqueeze(-1)
 
     # ---- weights and labels -------------------------------------------------------------------------------------
@@ -205,9 +205,8 @@ def softmax_and_complement(f: Float[Tensor, "*batch C"]) -> tuple[Float[Tensor, 
 
 def check_weight(weight: Shaped[Tensor, "*_"], what: str, expected: str) -> Tensor:
     """A private copy of 1-dim weights, refused where they would break convexity."""
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        given = f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ShapeError(f"{what} is {given}; expected a tensor of shape {expected}.")
+    if weight.dim() != 1:
+        raise ShapeError(f"{what} has shape {tuple(weight.shape)}; expected {expected}.")
     require_finite(weight, f"The entries of {what}")
     if bool((weight < 0).any()):
         raise DataError(f"{what} has negative entries (least {float(weight.min()):.3g}); the loss would not be convex.")

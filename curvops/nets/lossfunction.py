@@ -25,8 +25,6 @@ class LossLikelihood(Likelihood):
     def __init__(
         self, fn: Callable[[Tensor, Tensor], Tensor], *, is_convex: bool = False, name: str = "custom"
     ) -> None:
-        if not callable(fn):
-            raise UnsupportedError(f"fn is {type(fn).__name__}; expected a function (f, y) → 0-dim tensor.")
         self._fn = fn
         self.is_convex = is_convex
         self.name = name

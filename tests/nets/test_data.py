@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from curvops.errors import DataError, NonDeterministicDataError
 from curvops.nets.data import DataSource, PassRecord, batch_length
+from curvops.nets.passes import PrivateRandomness
 
 X = torch.arange(30.0).reshape(10, 3)
 Y = torch.arange(10)
@@ -424,7 +425,7 @@ def test_a_pass_leaves_the_global_streams_alone_and_a_random_data_set_random() -
             return torch.rand(3) + np.random.rand() + random.random(), Y[i]  # noqa: NPY002
 
     torch.manual_seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     source = DataSource(DataLoader(Noisy(), 2, sampler=RandomSampler(range(4))))
     passes = []
     for _ in range(2):
@@ -437,10 +438,30 @@ def test_a_pass_leaves_the_global_streams_alone_and_a_random_data_set_random() -
     next(unfinished)
     with pytest.raises(RuntimeError, match="planted"):
         unfinished.throw(RuntimeError("planted"))  # type: ignore[attr-defined]
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-    assert torch.equal(before[0], after[0])
-    assert before[1:] == after[1:]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
     assert not torch.allclose(passes[0], passes[1])
+
+
+def test_private_randomness_continues_by_itself_and_puts_all_streams_back() -> None:
+    def step() -> tuple[float, float, float]:
+        return torch.rand(()).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+    def state() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    def failing() -> None:
+        step()
+        raise RuntimeError("planted")
+
+    torch.manual_seed(5)
+    before, private = state(), PrivateRandomness()
+    first, second = private(step), private(step)
+    with pytest.raises(RuntimeError, match="planted"):
+        private(failing)
+    assert state() == before
+    assert not set(first) & set(second)
+    assert (step(), step()) == (first, second)  # what the global streams would have given
 
 
 def test_progress_shows_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
