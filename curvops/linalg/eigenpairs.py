@@ -69,8 +69,9 @@ def eigsh(
         progress: Show the products done.
 
     Returns:
-        Eigenpairs (values ascending) and a report. If ARPACK gives up, `report.converged` is False and the pairs that
-        did converge are returned, possibly fewer than k.
+        Eigenpairs (values ascending, vectors orthonormal) and a report. If ARPACK gives up, `report.converged` is False
+        and the pairs that did converge are returned, possibly fewer than k. It is also False where a recomputed
+        residual ‖Av − λv‖ exceeds max(tol, 10⁴ u)·‖A‖, u the unit roundoff of `dtype`.
 
     Raises:
         ShapeError, DataError, ValueError: k, which or sizes out of range; NaN from the product.
@@ -115,9 +116,9 @@ def eigsh(
                 Q, complete = torch.cat((Q, low), 1), complete and also
         elif which == "SM" and sigma is None:
             # Interior eigenvalues are out of ARPACK's reach; those of A² nearest 0 are at an end.
-            Q, complete = _Search(Counted(lambda V: A(A(V))), size, tol, max_iters, seed, dtype, device, bar).run(
-                "SA", k, v0
-            )
+            folded = _Search(Counted(lambda V: A(A(V))), size, tol, max_iters, seed, dtype, device, bar)
+            Q, complete = folded.run("SA", k, v0)
+            search.runs, search.trouble = folded.runs, folded.trouble
         else:
             Q, complete = search.run(which, k, v0)
 
@@ -133,10 +134,11 @@ def eigsh(
             f" {search.trouble or 'Residuals are above ' + format(allowed, '.1e') + '.'} "
             f"{pairs.values.numel()} of {k} pairs returned; raise max_iters or tol, or ask for more pairs."
         )
-    products = A.columns if sigma is None else A.columns + driver.columns
+    if sigma is not None:
+        reason += f" {driver.columns} solves with A - {sigma:g} I, whose products are not counted."
     name = "ARPACK" if sigma is None else "ARPACK shift-invert"
     return pairs, Report(
-        algorithm=name, matvecs=products, seconds=time.perf_counter() - began, reason=reason, converged=converged
+        algorithm=name, matvecs=A.columns, seconds=time.perf_counter() - began, reason=reason, converged=converged
     )
 
 
@@ -159,6 +161,8 @@ class _Search:
         self.dtype, self.device = dtype, device
         self.restarts = 500 if max_iters is None else max_iters
         self.tol = max(tol, 0.0 if dtype == torch.float64 else 2 * unit_roundoff(dtype))
+        # Eigenvalues closer than this, relative to ‖A‖, are one to rounding.
+        self.margin = max(2 * tol, 1e3 * unit_roundoff(dtype), 1e-10)
         self.runs = 0
         self.trouble = ""
         self.norm = 0.0
@@ -185,7 +189,7 @@ class _Search:
             if not done:
                 break
             edge = np.sort(_rank(values, which))[k - 1]
-            if _rank(found, which)[0] >= edge - 1e2 * max(self.tol, 1e-12) * self.norm:
+            if _rank(found, which)[0] >= edge - self.margin * self.norm:
                 return torch.as_tensor(Q), True
             # From a new start: ARPACK loses digits when it begins at what is nearly an eigenvector.
             found, V, done = self._arpack(which, 1, Q, None, self.tol)

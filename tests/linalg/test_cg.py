@@ -239,6 +239,14 @@ class TestBadInput:
             solver(matmat, columns(P, 1), rtol=1e-8)
         assert calls == 4
 
+    def test_progress_is_shown_only_when_asked_for(self, solver, capsys: pytest.CaptureFixture[str]) -> None:
+        M, B = matrix(log_spectrum(P, 10.0)), columns(P, 1)
+        X, _ = solver(lambda V: M @ V, B, rtol=1e-6)
+        assert capsys.readouterr().err == ""
+        Y, _ = solver(lambda V: M @ V, B, rtol=1e-6, progress=True)
+        assert "it/s" in capsys.readouterr().err
+        assert torch.equal(X, Y)
+
     def test_nothing_of_the_callers_changes(self, solver) -> None:
         M, B = matrix(log_spectrum(P, 10.0)), columns(P, 2).requires_grad_()
         x0 = torch.ones(P, 2, dtype=torch.float64)

@@ -113,6 +113,24 @@ def test_small_matrices_are_answered_densely(size: int, k: int, which: str) -> N
     check(M, pairs, values, k, which)
 
 
+@pytest.mark.parametrize("copies", [2, 5, 12])
+def test_every_copy_of_a_multiple_eigenvalue_is_found(copies: int, dtype: torch.dtype) -> None:
+    # In exact arithmetic a Krylov space holds one of the copies; with a diagonal matrix, nearly so in floating point.
+    values = torch.cat((torch.full((copies,), 5.0), torch.linspace(0, 4, P - copies))).double()
+    pairs, report = eigsh(lambda V: values.to(dtype)[:, None] * V, P, copies + 1, dtype=dtype)
+    assert report.converged, report.reason
+    check(torch.diag(values).to(dtype), pairs, values, copies + 1, "LA")
+
+
+def test_a_loose_tolerance_costs_fewer_products() -> None:
+    M = matrix(torch.linspace(0, 1, P, dtype=torch.float64))
+    tight, report = eigsh(lambda V: M @ V, P, 3)
+    loose, quick = eigsh(lambda V: M @ V, P, 3, tol=1e-2)
+    assert quick.matvecs < report.matvecs
+    assert float((loose.values - tight.values).abs().max()) <= 1e-2
+    assert float(loose.residuals.max()) <= 2e-2
+
+
 def test_a_run_that_is_cut_short_returns_what_it_has() -> None:
     values = torch.linspace(1, 1.1, 400, dtype=torch.float64)
     M = matrix(values)
