@@ -9,7 +9,6 @@
 from curvops import errors
 from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Gram, Hessian, Jacobian, MCFisher
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
-from curvops.linalg.spectrum import Spectrum
 from curvops.nets import likelihoods
 from curvops.nets.parameters import flatten, unflatten
 from curvops.operators import (
@@ -72,7 +71,6 @@ __all__ = [
     "PerturbAndSolve",
     "Report",
     "SolveReport",
-    "Spectrum",
     "XDiag",
     "XTrace",
     "errors",

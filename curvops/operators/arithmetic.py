@@ -13,7 +13,7 @@ from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator, Scalar
 from curvops.operators.diagonal import Identity, Zero, diagonal_of
 from curvops.operators.formula import Formula, scalar_text
-from curvops.operators.lowrank import LowRank, LowRankPlusDiagonal
+from curvops.operators.lowrank import WOODBURY, LowRank, LowRankPlusDiagonal
 
 if TYPE_CHECKING:
     from curvops.operators.eigen import Eigen
@@ -157,7 +157,7 @@ class Sum(LinearOperator):
         if self._shifted() is not None:
             return f"{self._shifted_name(verb_name)} of the first term, shifted"
         if self._woodbury_parts() is not None:
-            return {"solve": "Woodbury", "logdet": "determinant lemma", "slogdet": "determinant lemma"}.get(verb_name)
+            return WOODBURY.get(verb_name)
         return None
 
     def _shifted_name(self, verb_name: str) -> str:
@@ -184,6 +184,9 @@ class Sum(LinearOperator):
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         return self._closed_form()._slogdet()
+
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        return self._closed_form()._inverse_root(E)
 
     def _diagonal(self) -> Tensor:
         return torch.stack([term._diagonal() for term in self.terms]).sum(0)
@@ -304,6 +307,9 @@ class Scaled(LinearOperator):
 
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return self.operator._function(lambda x: f(self.factor * x), V)
+
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        return self.operator._inverse_root(E) / self._root()
 
     def _dense(self) -> Tensor:
         return self.factor * self.operator._dense()

@@ -435,7 +435,7 @@ class LinearOperator:
     def _exact(self, verb_name: str) -> str | None:
         """Name of the closed form that answers `verb_name`, or None. Reads facts alone: computes nothing.
 
-        Verbs: solve, logdet, slogdet, diagonal, trace, function, dense.
+        Verbs: solve, logdet, slogdet, diagonal, trace, function, sample, dense.
         """
         return "eigendecomposition" if self._has_spectral() and verb_name != "dense" else None
 
@@ -465,6 +465,10 @@ class LinearOperator:
 
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return self._spectral()._function(f, V)
+
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        """`R E` for some R with `R Rᵀ = A⁻¹`: draws from N(0, A⁻¹) when E is standard normal."""
+        return self._spectral()._power(-0.5)._matmat(E)
 
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)

@@ -100,6 +100,9 @@ class BlockDiagonal(LinearOperator):
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return torch.cat([block._function(f, part) for block, part in self._split(V)])
 
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        return torch.cat([block._inverse_root(part) for block, part in self._split(E)])
+
     def _dense(self) -> Tensor:
         return torch.block_diag(*(block._dense() for block in self.blocks))
 

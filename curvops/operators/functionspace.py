@@ -7,6 +7,7 @@ For `D = δI`, `K = Gram / δ` with the Gram matrix `B Bᵀ`, so that log det A 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,8 @@ class FunctionSpaceForm:
 
     def algorithm(self, verb_name: str) -> str:
         """The algorithm's name for a verb."""
-        return "function space (Woodbury)" if verb_name == "solve" else "function space (determinant lemma)"
+        identity = {"solve": "Woodbury", "logdet": "determinant lemma", "sample": "Matheron's rule"}[verb_name]
+        return f"function space ({identity})"
 
     def is_affordable(self) -> bool:
         """Whether the n x n matrix, and B where D is not a multiple of the identity, fit."""
@@ -62,6 +64,18 @@ class FunctionSpaceForm:
         L, _ = dense.cholesky(self._core(), jitter=False)
         scaled = self._undamped(B)
         return scaled - self._undamped(factor._rapply(dense.solve_cholesky(L, factor._apply(scaled))))
+
+    def sample(self, noise: Callable[[int], Tensor]) -> Tensor:
+        """Draws from N(0, A⁻¹): the prior's, corrected by noisy observations of them (Matheron's rule).
+
+        Args:
+            noise: `rows → (rows, n)` standard normal numbers, new at every call.
+        """
+        factor = self._factor()
+        prior = noise(self.operator.shape[0]) / self._damping_vector().sqrt()[:, None]
+        observed = factor._apply(prior) + noise(self.rows)
+        L, _ = dense.cholesky(self._core(), jitter=False)
+        return prior - self._undamped(factor._rapply(dense.solve_cholesky(L, observed)))
 
     def _core(self) -> Tensor:
         if isinstance(self.damping, Identity):

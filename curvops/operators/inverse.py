@@ -11,6 +11,7 @@ from torch import Tensor
 from curvops.operators.arithmetic import Scaled, scale
 from curvops.operators.autograd import linear_map
 from curvops.operators.base import LinearOperator
+from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.formula import Formula
 
@@ -86,6 +87,21 @@ class Inverse(LinearOperator):
 
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return self.operator._function(lambda x: f(1.0 / x), V)
+
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        return self.operator._spectral()._power(0.5)._matmat(E)
+
+    def _dense(self) -> Tensor:
+        matrix = self.operator.to_dense()
+        if not self.is_symmetric:
+            return torch.linalg.inv(matrix)
+        return Dense(matrix, is_symmetric=True)._solve(torch.eye(len(matrix), dtype=self.dtype, device=self.device))
+
+    def _diagonal(self) -> Tensor:
+        return self._spectral()._diagonal()
+
+    def _holds_tensors(self) -> bool:
+        return self.operator._holds_tensors()
 
     def _transpose(self) -> LinearOperator:
         return Inverse(self.operator.T)

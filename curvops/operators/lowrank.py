@@ -106,6 +106,15 @@ class LowRank(LinearOperator):
         return Formula("leaf", f"LowRank({size_text(self.U.shape)})", notes=notes)
 
 
+WOODBURY = {
+    "solve": "Woodbury",
+    "logdet": "determinant lemma",
+    "slogdet": "determinant lemma",
+    "sample": "thin eigendecomposition of the low rank, scaled by the diagonal",
+}
+"""What a low-rank matrix with a positive diagonal answers in closed form, and by what."""
+
+
 class LowRankPlusDiagonal(LinearOperator):
     """`U diag(s) Uᵀ + diag(d)`, d > 0, by Woodbury and the determinant lemma; O(P r² + r³)."""
 
@@ -119,9 +128,7 @@ class LowRankPlusDiagonal(LinearOperator):
     def _exact(self, verb_name: str) -> str | None:
         if verb_name == "function":
             return None
-        return {"solve": "Woodbury", "logdet": "determinant lemma", "slogdet": "determinant lemma"}.get(
-            verb_name, "read off the factors"
-        )
+        return WOODBURY.get(verb_name, "read off the factors")
 
     def _core(self) -> tuple[Tensor, Tensor]:
         """W = D^-½ U |s|^½ and the core I + sign(s) WᵀW."""
@@ -148,6 +155,13 @@ class LowRankPlusDiagonal(LinearOperator):
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         sign, logabs = torch.linalg.slogdet(self._core()[1])
         return sign, logabs + self.d.log().sum()
+
+    def _inverse_root(self, E: Tensor) -> Tensor:
+        # A = D^½ (I + W sign(s) Wᵀ) D^½, and the bracket has a thin eigendecomposition.
+        W, _ = self._core()
+        inner = LowRank(W, self.low_rank.s.detach().sign())._spectral()
+        damped = type(inner)(inner.Q, inner.values + 1.0, 1.0)
+        return damped._power(-0.5)._matmat(E) / self.d.sqrt()[:, None]
 
     def _has_negative_eigenvalue(self) -> bool:
         W, _ = self._core()

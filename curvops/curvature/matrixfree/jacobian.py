@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from curvops.curvature.matrixfree.forms import Form, IdentityForm
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.objective import Objective, Options
 from curvops.nets.batches import Batch
+from curvops.nets.jacobians import example_rows
 from curvops.operators.autograd import linear_map
 from curvops.operators.base import LinearOperator
 from curvops.operators.formula import Formula
@@ -126,6 +128,16 @@ class Jacobian(Factor):
     def outputs(self) -> Tensor:
         """f of all data, `(N, C)` or `(N, T, C)`, detached; one pass of forwards unless kept."""
         return torch.cat([piece.outputs for _, piece in self.curvature._pieces()])
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        """The rows datum by datum in chunks `(b, C, P)` that fit into an eighth of the memory budget (T·C rows for sequences)."""
+        objective = self.curvature.objective
+        for batch in objective.batches():
+            for _, rows, f in example_rows(
+                objective.network, objective.selection, batch.x, byte_budget=objective.budget() // 8
+            ):
+                yield rows
+                del f
 
     def _formula(self) -> Formula:
         return Formula("leaf", f"Jacobian({', '.join(self.curvature._facts())})")

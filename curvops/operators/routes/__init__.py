@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from curvops.errors import CurvopsError
-from curvops.operators.routes import diagonal, eigenpairs, function, logdet, norms, solve, spectrum, trace
+from curvops.operators.routes import diagonal, eigenpairs, function, logdet, norms, sample, solve, spectrum, trace
 from curvops.operators.routes.plan import Plan
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
 
-__all__ = ["Plan", "diagonal", "eigenpairs", "explain", "function", "logdet", "norms", "solve", "spectrum", "trace"]
+__all__ = ["Plan", "diagonal", "eigenpairs", "explain", "function", "logdet", "norms", "sample", "solve", "spectrum", "trace"]
 
 _PLANS = {
     "solve": lambda A: solve.plan(A, None),
@@ -30,6 +30,7 @@ _PLANS = {
     "inv_sqrt_matvec": lambda A: function.plan_power(A, -0.5, None),
     "frobenius_norm": lambda A: norms.frobenius(A, None),
     "spectral_norm": lambda A: norms.spectral(A, 1e-3),
+    "sample": lambda A: sample.plan(A, None),
     "eigsh": eigenpairs.describe,
     "spectrum": spectrum.describe,
 }
@@ -48,4 +49,4 @@ def explain(operator: LinearOperator, verb_name: str) -> str:
         plan = _PLANS[verb_name](operator)
     except CurvopsError as refusal:
         return f"{verb_name}: refused: {refusal}"
-    return f"{verb_name}: {plan.algorithm} ({plan.reason})"
+    return f"{verb_name}: {'refused' if plan.refused else plan.algorithm} ({plan.reason})"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvops.errors import NotPositiveDefiniteError, UnsupportedError
+from curvops.errors import UnsupportedError
 from curvops.linalg.functions import apply_function
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
@@ -24,6 +24,7 @@ from curvops.operators.routes.plan import (
     counted,
     dense_is_affordable,
     dense_reason,
+    indefinite,
     product,
     refuse_method,
     resolvable,
@@ -61,11 +62,7 @@ def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -
         return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V))
     bound = A.lower_bound
     if bound is None or bound < 0 or (power < 0 and bound == 0):
-        needed = "definite" if power < 0 else "semidefinite"
-        raise NotPositiveDefiniteError(
-            f"A^{power} v: {A!r} is not known to be positive {needed}; add_diagonal(δ) with δ > 0"
-            + ("." if A.is_psd else ' larger than -(its smallest eigenvalue), which A.eigsh(1, which="SA") finds.')
-        )
+        return indefinite(A, f"A^{power:+g} v", "Lanczos needs a proven lower bound")
     return plan(A, lambda x: x.clamp_min(bound) ** power, method)
 
 

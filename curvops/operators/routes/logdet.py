@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from curvops.operators.routes.plan import (
     dense_is_affordable,
     dense_reason,
     exact_report,
+    indefinite,
     product,
     refuse_method,
     resolvable,
@@ -136,11 +138,7 @@ def _function_space(dual: FunctionSpaceForm, reason: str) -> Plan:
 def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
     bound = A.lower_bound
     if bound is None or bound <= 0:
-        known = "no lower bound on its spectrum is known" if bound is None else f"its spectrum is only known to be >= {bound:.3g}"
-        raise NotPositiveDefiniteError(
-            f"logdet: {A!r} is not known to be positive definite ({known}); add_diagonal(δ) with δ > 0"
-            + ("." if A.is_psd else f", larger than the most negative eigenvalue ({_smallest_hint()}).")
-        )
+        return indefinite(A, "logdet", reason)
 
     def run() -> tuple[Tensor, EstimateReport]:
         operator, note = resolvable(A)
@@ -149,8 +147,6 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
             product(operator), operator.shape[0], lower_bound=bound, probes=method.probes, steps=method.steps,
             seed=seed, dtype=operator.dtype, device=operator.device, **_targets(method),
         )  # fmt: skip
-        from dataclasses import replace
-
         report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
         settle(estimate, report, method.on_failure, _ADVICE)
@@ -178,6 +174,3 @@ def _gradient_surrogate(A: LinearOperator, seed: int, probes: int) -> Tensor:
         solutions = A.solve(Z)
     return (solutions * AZ).sum(dtype=torch.float64) / probes
 
-
-def _smallest_hint() -> str:
-    return 'A.eigsh(1, which="SA") finds it'
