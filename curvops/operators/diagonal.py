@@ -141,10 +141,7 @@ class Identity(LinearOperator):
         return Identity(self.shape[0], dtype, device, scale)
 
     def _formula(self) -> Formula:
-        identity = Formula("leaf", "I")
-        if not isinstance(self.scale, Tensor) and self.scale == 1.0:
-            return identity
-        return Formula("scaled", formula.scalar_text(self.scale), (identity,))
+        return Formula("scaled", formula.scalar_text(self.scale), (Formula("leaf", "I"),))
 
     def _hadamard_square(self) -> LinearOperator:
         return Identity(self.shape[0], self.dtype, self.device, self.scale * self.scale)
