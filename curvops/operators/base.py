@@ -288,7 +288,7 @@ class LinearOperator:
     def eigsh(
         self,
         k: int = 6,
-        which: str = "LA",
+        which: str | None = None,
         sigma: float | None = None,
         *,
         rtol: float = 0.0,
@@ -302,8 +302,14 @@ class LinearOperator:
 
         Args:
             k: How many.
-            which: "LA", "SA", "LM", "SM" or "BE", as in `scipy.sparse.linalg.eigsh`.
+            which: "LA", "SA", "LM", "SM" or "BE", as in `scipy.sparse.linalg.eigsh`; "LA" by default, "LM" with sigma.
             sigma: Eigenvalues nearest to it, by shift-invert through `solve`.
+            rtol: ARPACK's tolerance, 0 for machine precision.
+            max_iters: ARPACK's restarts at most.
+            generator: Source of the start vector; seed 0 by default.
+            on_failure: "raise", or "warn" to take the pairs found.
+
+        Cost: about `2k` products a restart; residuals ‖Av − λv‖ are recomputed, copies of multiple eigenvalues found.
         """
         from curvops.operators.routes import eigenpairs
 

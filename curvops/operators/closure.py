@@ -50,12 +50,20 @@ class Closure(LinearOperator):
         self.function_, self.adjoint_, self.batched, self.name = matvec, rmatvec, batched, name
 
     @classmethod
-    def from_scipy(cls, operator: ScipyOperator | Any, **facts: Any) -> Closure:
-        """A SciPy `LinearOperator`, sparse or dense array as an operator on CPU tensors of its dtype."""
+    def from_scipy(cls, operator: ScipyOperator | Any, *, dtype: torch.dtype | None = None, **facts: Any) -> Closure:
+        """A SciPy `LinearOperator`, sparse or dense array as an operator on tensors.
+
+        Args:
+            operator: Anything that `scipy.sparse.linalg.aslinearoperator` takes.
+            dtype: float32 or float64; that of `operator` by default (float64 where it has neither).
+            facts: `is_symmetric`, `is_psd`, `lower_bound`, `name`, `device`, as for `Closure`.
+        """
         from curvops.linalg.scipy import from_scipy
 
-        matmat, rmatmat, shape, dtype = from_scipy(operator)
-        return cls(matmat, shape, dtype=dtype, rmatvec=rmatmat, batched=True, **facts)
+        matmat, rmatmat = from_scipy(operator)
+        if dtype is None:
+            dtype = torch.float32 if str(getattr(operator, "dtype", "")) == "float32" else torch.float64
+        return cls(matmat, operator.shape, dtype=dtype, rmatvec=rmatmat, batched=True, **facts)
 
     def _matmat(self, V: Tensor) -> Tensor:
         return linear_map(V, self._product, self._adjoint)

@@ -18,7 +18,7 @@ def eigsh(
     A: LinearOperator,
     k: int,
     *,
-    which: str,
+    which: Any,
     sigma: float | None,
     rtol: float,
     max_iters: int | None,
@@ -29,7 +29,7 @@ def eigsh(
     """See `LinearOperator.eigsh`."""
     options: dict[str, Any] = {"sigma": sigma, "solve": None if sigma is None else (A - _shift(A, sigma)).solve}
     pairs, report = eigenpairs.eigsh(
-        product(A), A.shape[0], k, which=which if sigma is None or which != "LA" else "LM", tol=rtol,
+        product(A), A.shape[0], k, which=which, tol=rtol,
         max_iters=max_iters, generator=generator, dtype=A.dtype, device=A.device, progress=progress, **options,
     )  # fmt: skip
     settle(pairs, report, on_failure, 'Ask for fewer pairs, raise max_iters, or on_failure="warn" to take those found.')

@@ -128,10 +128,10 @@ def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: s
     def run(B: Tensor) -> Solution:
         X, report = _certified(A, method, B.detach(), reason)
         settle(X, report, method.on_failure, _ADVICE[name])
-        needs_grad = torch.is_grad_enabled()
-        if needs_grad:
-            residual = A._apply(X) - B
-            X = implicit_solution(residual, X, lambda G: _certified_or_raise(A, method, G))
+        if torch.is_grad_enabled():
+            # A refined X is float64 beside a float32 operator; its gradients are of the operator's precision.
+            residual = A._apply(X.to(A.dtype)) - B
+            X = implicit_solution(residual, X, lambda G: _certified_or_raise(A, method, G.to(A.dtype)).to(A.dtype))
         return X, report
 
     return Plan(name, reason, run)
