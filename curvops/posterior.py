@@ -1,6 +1,6 @@
 """The Gaussian N(μ, A⁻¹) of a Laplace approximation: samples, densities, predictives and evidence from its precision.
 
-    log p(D) ≈ −loss − log_normaliser − ½ (μ−μ₀)ᵀ D (μ−μ₀) + ½ log det D − ½ log det A          (MacKay 1992)
+log p(D) ≈ −loss − log_normaliser − ½ (μ−μ₀)ᵀ D (μ−μ₀) + ½ log det D − ½ log det A          (MacKay 1992)
 """
 
 from __future__ import annotations

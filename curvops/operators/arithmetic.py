@@ -250,7 +250,10 @@ class Scaled(LinearOperator):
 
     def __init__(self, factor: Scalar, operator: LinearOperator) -> None:
         super().__init__(
-            operator._known_shape(), operator.dtype, operator.device, memory_budget=operator.memory_budget  # type: ignore[arg-type]
+            operator._known_shape(),
+            operator.dtype,
+            operator.device,
+            memory_budget=operator.memory_budget,  # type: ignore[arg-type]
         )
         self.factor, self.operator = factor, operator
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -21,12 +22,12 @@ from curvops.operators.formula import Formula
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-    from curvops.linalg.results import Eigenpairs
     from curvops.linalg.spectrum import Spectrum
     from curvops.operators.eigen import Eigen
     from curvops.operators.methods import Method
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 Scalar = float | Tensor
 Layout = Mapping[str, slice]
 
@@ -64,7 +65,7 @@ class LinearOperator:
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int | None, int | None],
         dtype: torch.dtype,
         device: torch.device | str,
         *,
@@ -76,7 +77,7 @@ class LinearOperator:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ShapeError(f"{type(self).__name__} of dtype {dtype}: expected torch.float32 or torch.float64.")
-        self._shape = (int(shape[0]), int(shape[1]))
+        self._shape = (int(shape[0] or 0), int(shape[1] or 0))  # unknown sizes: the subclass overrides `shape`
         self._dtype, self._device = dtype, torch.device(device)
         self._symmetric = bool(is_symmetric or is_psd)
         self._psd = bool(is_psd)
@@ -185,6 +186,9 @@ class LinearOperator:
         self._require_square("add_diagonal")
         return self + damping(delta, self)
 
+    def __radd__(self, other: object) -> LinearOperator:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # what the built-in sum() starts with
+
     def __add__(self, other: LinearOperator) -> LinearOperator:
         from curvops.operators.arithmetic import add
 
@@ -196,7 +200,9 @@ class LinearOperator:
     def __mul__(self, factor: Scalar) -> LinearOperator:
         from curvops.operators.arithmetic import scale
 
-        return scale(factor, self) if isinstance(factor, int | float | Tensor) else NotImplemented
+        if isinstance(factor, Real) and not isinstance(factor, bool):
+            factor = float(factor)
+        return scale(factor, self) if isinstance(factor, float | Tensor) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -476,6 +482,16 @@ class LinearOperator:
         """`R E` for some R with `R Rᵀ = A⁻¹`: draws from N(0, A⁻¹) when E is standard normal."""
         return self._spectral()._power(-0.5)._matmat(E)
 
+    def _power_apply(self, power: float, V: Tensor) -> Tensor:
+        """`A^p V`, p = ±½, by closed form."""
+        return self._spectral()._power(power)._matmat(V)
+
+    def _hadamard_square(self) -> LinearOperator:
+        """The matrix with every entry squared."""
+        from curvops.operators.dense import Dense
+
+        return Dense(self.to_dense() ** 2)
+
     def _dense(self) -> Tensor:
         eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         return self._apply(eye)
@@ -527,6 +543,11 @@ class LinearOperator:
     def _formula(self) -> Formula:
         return Formula("leaf", f"{type(self).__name__}({formula.size_text(self._known_shape())})")
 
+    def _requires_grad(self) -> bool:
+        """Whether gradients are asked of a tensor inside the operator (damping, a factor, a matrix)."""
+        held = (value.requires_grad for value in vars(self).values() if isinstance(value, Tensor))
+        return any(held) or any(child._requires_grad() for child in self._children())
+
     def _known_shape(self) -> tuple[int | None, int | None]:
         """The shape as far as it is known without computing."""
         return self.shape
@@ -543,6 +564,24 @@ class LinearOperator:
         """Compare the content that the operator was built on; only operators that hold a network do."""
 
     # ---------------------------------------------------------------- shared machinery
+
+    def _kept(self, key: str, build: Callable[[], _T], *sources: Tensor) -> _T:
+        """What `build` makes of `sources`, kept until one of them is written to.
+
+        Not kept where autograd runs through it: a graph is walked once. Built outside inference mode, whose tensors
+        could not take part in a later backward pass.
+        """
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            return build()
+        versions = tuple(None if source.is_inference() else source._version for source in sources)
+        kept = self._cache.get(key)
+        if kept is None or kept[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._cache[key] = (versions, build())
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": {}, "_count": 0}
 
     def _apply(self, V: Tensor) -> Tensor:
         """The counted product on columns; what algorithms and other operators call."""

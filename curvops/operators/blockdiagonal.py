@@ -33,7 +33,9 @@ class BlockDiagonal(LinearOperator):
         self.blocks = tuple(as_operator(block) for block in blocks)
         for block in self.blocks:
             if block.shape[0] != block.shape[1]:
-                raise ShapeError(f"BlockDiagonal expects square blocks; {block!r} is {block.shape[0]} x {block.shape[1]}.")
+                raise ShapeError(
+                    f"BlockDiagonal expects square blocks; {block!r} is {block.shape[0]} x {block.shape[1]}."
+                )
         if len({(block.dtype, block.device) for block in self.blocks}) > 1:
             raise ShapeError("BlockDiagonal expects blocks of one dtype on one device.")
         self.sizes = [block.shape[0] for block in self.blocks]
@@ -103,6 +105,9 @@ class BlockDiagonal(LinearOperator):
     def _inverse_root(self, E: Tensor) -> Tensor:
         return torch.cat([block._inverse_root(part) for block, part in self._split(E)])
 
+    def _power_apply(self, power: float, V: Tensor) -> Tensor:
+        return torch.cat([block._power_apply(power, part) for block, part in self._split(V)])
+
     def _dense(self) -> Tensor:
         return torch.block_diag(*(block._dense() for block in self.blocks))
 
@@ -130,9 +135,7 @@ class BlockDiagonal(LinearOperator):
         return BlockDiagonal(*(block.inverse() for block in self.blocks), layout=self._layout)
 
     def _hadamard_square(self) -> LinearOperator:
-        from curvops.operators.eigen import hadamard_square
-
-        return BlockDiagonal(*(hadamard_square(block) for block in self.blocks))
+        return BlockDiagonal(*(block._hadamard_square() for block in self.blocks))
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return self.blocks

@@ -93,7 +93,7 @@ class Closure(LinearOperator):
             )
         return result.detach()
 
-    def _formula(self):  # noqa: ANN202
+    def _formula(self):
         node = super()._formula()
         return type(node)("leaf", node.text.replace("Closure", self.name, 1))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator
-from curvops.operators.eigen import Eigen, hadamard_square
+from curvops.operators.eigen import Eigen
 from curvops.operators.formula import Formula, size_text
 
 
@@ -109,6 +109,9 @@ class Deferred(LinearOperator):
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return self.content()._function(f, V)
 
+    def _power_apply(self, power: float, V: Tensor) -> Tensor:
+        return self.content()._power_apply(power, V)
+
     def _dense(self) -> Tensor:
         return self.content()._dense()
 
@@ -116,7 +119,7 @@ class Deferred(LinearOperator):
         return True
 
     def _hadamard_square(self) -> LinearOperator:
-        return hadamard_square(self.content())
+        return self.content()._hadamard_square()
 
     def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator:
         return self.content().submatrix(rows, columns)

@@ -111,7 +111,7 @@ class Dense(LinearOperator):
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
         return Dense(self.M.to(device, dtype), is_symmetric=self._symmetry, is_psd=self._psd)
 
-    def _kept(self, key: str, build: Callable[[], object]):  # noqa: ANN202
+    def _kept(self, key: str, build: Callable[[], object]):
         """What `build` makes, kept unless autograd runs through it (a kept graph can be walked only once)."""
         if self.M.requires_grad and torch.is_grad_enabled():
             return build()

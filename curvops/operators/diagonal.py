@@ -165,7 +165,9 @@ class Zero(LinearOperator):
 
     def _solve(self, B: Tensor) -> Tensor:
         if bool((B.detach() != 0).any()):
-            raise NotPositiveDefiniteError(f"solve with {self!r}: no solution exists for a right-hand side other than 0.")
+            raise NotPositiveDefiniteError(
+                f"solve with {self!r}: no solution exists for a right-hand side other than 0."
+            )
         return torch.zeros_like(B)
 
     def _logdet(self) -> Tensor:
@@ -183,6 +185,11 @@ class Zero(LinearOperator):
 
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
         return f(self._trace()) * V
+
+    def _power_apply(self, power: float, V: Tensor) -> Tensor:
+        if power < 0:
+            raise NotPositiveDefiniteError(f"power {power} of {self!r}: it is singular; add a diagonal first.")
+        return torch.zeros_like(V)
 
     def _dense(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
@@ -256,7 +263,9 @@ def _named_damping(delta: Mapping[str, Scalar], operator: LinearOperator) -> Lin
         )
     if set(delta) != set(layout):
         missing, unknown = sorted(set(layout) - set(delta)), sorted(set(delta) - set(layout))
-        raise ShapeError(f"add_diagonal: the dict misses {missing} and does not know {unknown}; expected {list(layout)}.")
+        raise ShapeError(
+            f"add_diagonal: the dict misses {missing} and does not know {unknown}; expected {list(layout)}."
+        )
     blocks = []
     for name, where in layout.items():
         value, size = delta[name], where.stop - where.start

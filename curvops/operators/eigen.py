@@ -1,7 +1,7 @@
 """Matrices known by an eigendecomposition: every verb in closed form.
 
-    A = Q diag(λ) Qᵀ                    Q square orthogonal (dense, Kronecker, block-diagonal or the identity)
-    A = Q diag(λ − ρ) Qᵀ + ρ I          Q thin orthonormal (P, r): eigenvalue ρ on the complement of its range
+A = Q diag(λ) Qᵀ                    Q square orthogonal (dense, Kronecker, block-diagonal or the identity)
+A = Q diag(λ − ρ) Qᵀ + ρ I          Q thin orthonormal (P, r): eigenvalue ρ on the complement of its range
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Eigen(LinearOperator):
         X = self._with(inverse, rest, B)
         if self._is_singular():
             unreached = (B - self._matmat(X)).detach().norm(dim=0)
-            if bool((unreached > 1e3 * torch.finfo(self.dtype).eps * self.shape[0] ** 0.5 * B.detach().norm(dim=0)).any()):
+            if bool(
+                (unreached > 1e3 * torch.finfo(self.dtype).eps * self.shape[0] ** 0.5 * B.detach().norm(dim=0)).any()
+            ):
                 raise NotPositiveDefiniteError(
                     f"solve: {self!r} is singular and the right-hand side is not in its range (distance "
                     f"{float(unreached.max()):.2g}); add a diagonal, or project the right-hand side."

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["leaf", "group", "sum", "scaled", "product", "transpose", "inverse"]
+Kind = Literal["leaf", "group", "sum", "scaled", "product", "transpose", "inverse", "selection"]
 
 _SHOWN = 8  # blocks of a group that one line names
-_BINDING = {"leaf": 4, "group": 4, "inverse": 4, "transpose": 3, "product": 2, "scaled": 2, "sum": 1}
+_BINDING = {"leaf": 4, "group": 4, "inverse": 4, "selection": 4, "transpose": 3, "product": 2, "scaled": 2, "sum": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def tree(node: Formula, indent: str = "") -> str:
         "transpose": "Transpose",
         "inverse": "Inverse",
         "scaled": f"{node.text} times",
+        "selection": f"Submatrix {node.text}",
         "group": f"{node.text} of {len(node.children)}",
     }.get(node.kind, node.text)
     notes = f" [{'; '.join(node.notes)}]" if node.notes else ""
@@ -63,7 +64,14 @@ def scalar_text(value: float | Tensor) -> str:
 
 
 def size_text(shape: Sequence[int | None]) -> str:
-    """A shape as the formula prints it: `1,210×64`, `?` where it is not known without a forward pass."""
+    """A shape as the formula prints it: `1,210×64`, `16` for 16×16, `?` where it takes a forward pass to know."""
+    if len(shape) == 2 and shape[0] == shape[1] and shape[0] is not None:
+        return f"{shape[0]:,}"
+    return times_text(shape)
+
+
+def times_text(shape: Sequence[int | None]) -> str:
+    """Sizes with a multiplication sign between them: `64×16`, also where they are equal."""
     return "×".join("?" if n is None else f"{n:,}" for n in shape)
 
 
@@ -85,6 +93,8 @@ def _algebra(node: Formula) -> str:
         return f"{node.text}({len(children)}: {', '.join(shown)})"
     if node.kind == "inverse":
         return f"inverse({_algebra(children[0])})"
+    if node.kind == "selection":
+        return f"{_operand(children[0], 4)}[{node.text}]"
     if node.kind == "transpose":
         return f"{_operand(children[0], 4)}.T"
     if node.kind == "scaled":

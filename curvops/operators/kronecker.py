@@ -1,7 +1,7 @@
 """Kronecker products of two or more factors.
 
-    K = F₁ ⊗ F₂ ⊗ … ,   K vec(X) = vec(F₁ X F₂ᵀ) for two factors and row-major vec
-    K⁻¹ = F₁⁻¹ ⊗ F₂⁻¹ ,   log|det K| = Σᵢ (P / nᵢ) log|det Fᵢ| ,   Fᵢ = Qᵢ Λᵢ Qᵢᵀ  ⇒  K = (⊗Qᵢ) (⊗Λᵢ) (⊗Qᵢ)ᵀ
+K = F₁ ⊗ F₂ ⊗ … ,   K vec(X) = vec(F₁ X F₂ᵀ) for two factors and row-major vec
+K⁻¹ = F₁⁻¹ ⊗ F₂⁻¹ ,   log|det K| = Σᵢ (P / nᵢ) log|det Fᵢ| ,   Fᵢ = Qᵢ Λᵢ Qᵢᵀ  ⇒  K = (⊗Qᵢ) (⊗Λᵢ) (⊗Qᵢ)ᵀ
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator
 from curvops.operators.dense import as_operator
-from curvops.operators.formula import Formula, size_text
+from curvops.operators.formula import Formula, times_text
 
 if TYPE_CHECKING:
     from curvops.operators.eigen import Eigen
@@ -123,9 +123,7 @@ class Kronecker(LinearOperator):
         return Kronecker(*(mine @ theirs for mine, theirs in zip(self.factors, other.factors, strict=True)))
 
     def _hadamard_square(self) -> LinearOperator:
-        from curvops.operators.eigen import hadamard_square
-
-        return Kronecker(*(hadamard_square(factor) for factor in self.factors))
+        return Kronecker(*(factor._hadamard_square() for factor in self.factors))
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return self.factors
@@ -135,7 +133,11 @@ class Kronecker(LinearOperator):
 
     def _formula(self) -> Formula:
         notes = dict.fromkeys(note for factor in self.factors for note in factor._formula().notes)
-        return Formula("leaf", f"Kronecker({size_text([f.shape[0] for f in self.factors])})", notes=tuple(notes))
+        if all(factor.shape[0] == factor.shape[1] for factor in self.factors):
+            sizes = times_text([factor.shape[0] for factor in self.factors])
+        else:
+            sizes = ", ".join(times_text(factor.shape) for factor in self.factors)
+        return Formula("leaf", f"Kronecker({sizes})", notes=tuple(notes))
 
     def _sizes(self, axis: int) -> list[int]:
         return [factor.shape[axis] for factor in self.factors]
@@ -150,4 +152,3 @@ def mode_products(products: list[Callable[[Tensor], Tensor]], sizes: list[int], 
         X = product(X.reshape(size, rest * columns))
         X = X.reshape(X.shape[0], rest, columns).transpose(0, 1)
     return X.reshape(-1, columns)
-

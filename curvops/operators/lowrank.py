@@ -34,7 +34,9 @@ class LowRank(LinearOperator):
             raise ShapeError(f"LowRank expects U of shape (P, r), got {getattr(U, 'shape', type(U).__name__)}.")
         s = U.new_ones(U.shape[1]) if s is None else s
         if tuple(s.shape) != (U.shape[1],):
-            raise ShapeError(f"LowRank: U has {U.shape[1]} columns, so s must be ({U.shape[1]},); got {tuple(s.shape)}.")
+            raise ShapeError(
+                f"LowRank: U has {U.shape[1]} columns, so s must be ({U.shape[1]},); got {tuple(s.shape)}."
+            )
         super().__init__((U.shape[0], U.shape[0]), U.dtype, U.device, is_symmetric=True)
         self.U, self.s, self.captured = U, s, captured
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator
-from curvops.operators.formula import Formula
+from curvops.operators.formula import Formula, times_text
 
 
 def select(operator: LinearOperator, rows: Tensor, columns: Tensor) -> LinearOperator:
@@ -75,8 +75,7 @@ class Submatrix(LinearOperator):
         return Submatrix(self.operator._to(dtype, device), self.rows.to(device), self.columns.to(device))
 
     def _formula(self) -> Formula:
-        inner = self.operator._formula()
-        return Formula("leaf", f"Submatrix({len(self.rows)}×{len(self.columns)})", (inner,))
+        return Formula("selection", times_text((len(self.rows), len(self.columns))), (self.operator._formula(),))
 
 
 def _checked(indices: Tensor, size: int, kind: str, operator: LinearOperator) -> Tensor:

@@ -1,7 +1,7 @@
 """Fisher information matrices from gradients: Monte-Carlo over sampled targets, and empirical over the observed ones.
 
-    MC Fisher        (1/S) Σ_n Σ_s ĝ ĝᵀ ,  ĝ = Jᵀ ∇_f(−log p(ŷ | f)) ,  ŷ ~ p(· | f)
-    empirical Fisher       Σ_n     g gᵀ ,  g = Jᵀ ∇_f(−log p(y | f))
+MC Fisher        (1/S) Σ_n Σ_s ĝ ĝᵀ ,  ĝ = Jᵀ ∇_f(−log p(ŷ | f)) ,  ŷ ~ p(· | f)
+empirical Fisher       Σ_n     g gᵀ ,  g = Jᵀ ∇_f(−log p(y | f))
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Curvatures of the form `Σ Jᵀ Λ J`, and the generalised Gauss–Newton matrix.
 
-    v → J v → Λ J v → Jᵀ Λ J v ,  batch by batch, on a kept graph
+v → J v → Λ J v → Jᵀ Λ J v ,  batch by batch, on a kept graph
 """
 
 from __future__ import annotations

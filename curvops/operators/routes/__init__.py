@@ -17,7 +17,19 @@ from curvops.operators.routes.plan import Plan
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
 
-__all__ = ["Plan", "diagonal", "eigenpairs", "explain", "function", "logdet", "norms", "sample", "solve", "spectrum", "trace"]
+__all__ = [
+    "Plan",
+    "diagonal",
+    "eigenpairs",
+    "explain",
+    "function",
+    "logdet",
+    "norms",
+    "sample",
+    "solve",
+    "spectrum",
+    "trace",
+]
 
 _PLANS = {
     "solve": lambda A: solve.plan(A, None),

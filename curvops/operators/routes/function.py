@@ -1,8 +1,8 @@
 """Which algorithm answers `function(f, v)`, `sqrt_matvec` and `inv_sqrt_matvec`.
 
-    structure with an eigendecomposition    exact
-    tensors held or P small                 dense eigendecomposition
-    anything else                           Lanczos, its depth grown until successive answers agree
+structure with an eigendecomposition    exact
+tensors held or P small                 dense eigendecomposition
+anything else                           Lanczos, its depth grown until successive answers agree
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -
     """The plan for `A^power v`, power ±½: definiteness is checked by the exact routes and required by Lanczos."""
     closed_form = A._exact("function")
     if method is None and closed_form:
-        return _exact(A, closed_form, "closed form of the structure", lambda V: A._spectral()._power(power)._matmat(V))
+        return _exact(A, closed_form, "closed form of the structure", lambda V: A._power_apply(power, V))
     if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
         reason = dense_reason(A) if method is None else "asked for"
         return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V))
@@ -71,7 +71,7 @@ def _dense_power(A: LinearOperator, power: float, V: Tensor) -> Tensor:
     return _dense_eigen(operator)._power(power)._matmat(V.to(operator.dtype)).to(V.dtype)
 
 
-def _dense_eigen(A: LinearOperator):  # noqa: ANN202
+def _dense_eigen(A: LinearOperator):
     from curvops.operators.dense import Dense
 
     return Dense(A.to_dense(), is_symmetric=True)._spectral()

@@ -1,10 +1,10 @@
 """Which algorithm answers `logdet` and `slogdet`.
 
-    structure with a closed form                            exact
-    P small, or tensors held                                dense Cholesky (which also establishes definiteness)
-    curvature BᵀB plus a positive diagonal, n < P small     function space: determinant lemma through the Gram matrix
-    lower bound on the spectrum above 0                     stochastic Lanczos quadrature
-    anything else                                           refused
+structure with a closed form                            exact
+P small, or tensors held                                dense Cholesky (which also establishes definiteness)
+curvature BᵀB plus a positive diagonal, n < P small     function space: determinant lemma through the Gram matrix
+lower bound on the spectrum above 0                     stochastic Lanczos quadrature
+anything else                                           refused
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     if method is not None:
         return _plan_given(A, method)
     if not A.is_symmetric:
-        raise NotPositiveDefiniteError(f"logdet: {A!r} is not known to be symmetric; slogdet() takes any square matrix.")
+        raise NotPositiveDefiniteError(
+            f"logdet: {A!r} is not known to be symmetric; slogdet() takes any square matrix."
+        )
     closed_form = A._exact("logdet")
     if closed_form:
         return _exact(A, closed_form, "closed form of the structure")
@@ -173,4 +175,3 @@ def _gradient_surrogate(A: LinearOperator, seed: int, probes: int) -> Tensor:
     with torch.no_grad():
         solutions = A.solve(Z)
     return (solutions * AZ).sum(dtype=torch.float64) / probes
-

@@ -38,9 +38,7 @@ def solve_cg(
 
         X, report = refined_solve(inner, product(twin), B, rtol=rtol)
     else:
-        X, report = cg(
-            product(A), B, rtol=rtol, max_iters=method.max_iters, preconditioner=preconditioner, x0=x0
-        )
+        X, report = cg(product(A), B, rtol=rtol, max_iters=method.max_iters, preconditioner=preconditioner, x0=x0)
     reason = "; ".join(filter(None, (note, report.reason)))
     return X, replace(report, matvecs=spent()[0], reason=reason)
 

@@ -1,11 +1,11 @@
 """Which algorithm draws from N(0, A⁻¹).
 
-    structure with a closed form                    a root of A⁻¹, exact
-    curvature BᵀB + D, n < P small                  function space (Matheron's rule), exact
-    tensors held or P small                         dense Cholesky, exact
-    curvature BᵀB + D, D positive                   perturb and solve: A z = Bᵀε₁ + D^½ε₂, CG from the prior draw
-    positive definite                               A^-½ ε by Lanczos
-    anything else                                   refused
+structure with a closed form                    a root of A⁻¹, exact
+curvature BᵀB + D, n < P small                  function space (Matheron's rule), exact
+tensors held or P small                         dense Cholesky, exact
+curvature BᵀB + D, D positive                   perturb and solve: A z = Bᵀε₁ + D^½ε₂, CG from the prior draw
+positive definite                               A^-½ ε by Lanczos
+anything else                                   refused
 """
 
 from __future__ import annotations

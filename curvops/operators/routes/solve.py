@@ -1,11 +1,11 @@
 """Which algorithm solves `A x = b`.
 
-    structure with a closed form            exact
-    tensors held, affordable                dense Cholesky, eigendecomposition where singular; LU where not symmetric
-    positive semidefinite                   conjugate gradients
-    symmetric                               MINRES
-    small                                   dense LU
-    anything else                           refused, with the door to SciPy's GMRES
+structure with a closed form            exact
+tensors held, affordable                dense Cholesky, eigendecomposition where singular; LU where not symmetric
+positive semidefinite                   conjugate gradients
+symmetric                               MINRES
+small                                   dense LU
+anything else                           refused, with the door to SciPy's GMRES
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
     reason = "asked for"
     if isinstance(method, methods.CG):
         if not A.is_symmetric:
-            raise UnsupportedError(f"solve: CG needs a symmetric operator; {A!r} is not known to be. Use LU() or GMRES.")
+            raise UnsupportedError(
+                f"solve: CG needs a symmetric operator; {A!r} is not known to be. Use LU() or GMRES."
+            )
         return _iterative(A, method, reason)
     if isinstance(method, methods.MINRES):
         A._require_symmetric("solve by MINRES")
@@ -109,17 +111,40 @@ def _by_cholesky(A: LinearOperator, B: Tensor) -> Tensor:
 
 
 def _direct(A: LinearOperator, name: str, reason: str, solver: Callable[[Tensor], Tensor]) -> Plan:
+    """A factorisation's answer, held to the same residual as an iterative one, with one step of refinement if need be."""
+
     def run(B: Tensor) -> Solution:
         spent = counted(A)
+        rtol = methods.SOLVE_RTOL[A.dtype]
         X = solver(B)
         with torch.no_grad():
             residual = _relative_residual(A, X.detach(), B.detach())
+            missed = not bool((residual <= rtol).all())
+            correction = solver((B - A._apply(X)).detach()) if missed and bool(torch.isfinite(residual).all()) else None
+        note = ""
+        if correction is not None:
+            X, note = X + correction, "; refined once"
+            with torch.no_grad():
+                residual = _relative_residual(A, X.detach(), B.detach())
+                missed = not bool((residual <= rtol).all())
+        if missed:
+            note += f"; the relative residual is {float(residual.max()):.2g}, above {rtol:g}, for rounding in {A.dtype}"
         matvecs, seconds = spent()
-        return X, SolveReport(
-            algorithm=name, reason=reason, matvecs=matvecs, seconds=seconds, residual=residual
+        report = SolveReport(
+            algorithm=name,
+            reason=reason + note,
+            matvecs=matvecs,
+            seconds=seconds,
+            residual=residual,
+            converged=not missed,
         )
+        settle(X, report, "raise", _DIRECT_ADVICE)
+        return X, report
 
     return Plan(name, reason, run)
+
+
+_DIRECT_ADVICE = "Solve in float64 (A.to(torch.float64)), add a diagonal, or take the x that this error carries."
 
 
 def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: str) -> Plan:
@@ -169,4 +194,3 @@ def _with_reason(report: SolveReport, reason: str) -> SolveReport:
 def _relative_residual(A: LinearOperator, X: Tensor, B: Tensor) -> Tensor:
     norms = B.norm(dim=0)
     return (B - A._apply(X)).norm(dim=0) / torch.where(norms == 0, 1.0, norms)
-
