@@ -57,10 +57,8 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XDiag, rea
 
     def run() -> tuple[Tensor, EstimateReport]:
         seed = resolve_seed(method.generator)
-        fixed = method.probes is not None and method.rtol is None
-        targets = {} if method.rtol is None and not fixed else {"rtol": method.rtol}
         value, report = estimator(
-            product(A), A.shape[0], probes=method.probes, seed=seed, dtype=A.dtype, device=A.device, **targets
+            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device
         )
         report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
         settle(value, report, method.on_failure, _ADVICE)

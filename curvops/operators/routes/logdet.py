@@ -25,6 +25,7 @@ from curvops.operators.autograd import with_gradient_of
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.routes.plan import (
     Plan,
+    chosen_at_run,
     counted,
     dense_is_affordable,
     dense_reason,
@@ -56,6 +57,8 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     if closed_form:
         return _exact(A, closed_form, "closed form of the structure")
     dual = function_space(A, must=False) if not A._holds_tensors() else None
+    if dual is not None and dual.known_rows is None:
+        return chosen_at_run(dual, "logdet", lambda: plan(A, None))
     if dual is not None and dual.is_affordable() and dual.rows < A.shape[0]:
         return _function_space(dual, f"n = {dual.rows:,} < P = {A.shape[0]:,}: exact through the Gram matrix")
     if dense_is_affordable(A):
@@ -147,7 +150,7 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
         seed = resolve_seed(method.generator)
         value, report = slq_logdet(
             product(operator), operator.shape[0], lower_bound=bound, probes=method.probes, steps=method.steps,
-            seed=seed, dtype=operator.dtype, device=operator.device, **_targets(method),
+            seed=seed, dtype=operator.dtype, device=operator.device, rtol=method.rtol, atol=method.atol,
         )  # fmt: skip
         report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
@@ -157,13 +160,6 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
         return estimate, report
 
     return Plan("SLQ", reason, run)
-
-
-def _targets(method: methods.SLQ) -> dict[str, float | None]:
-    """The default target, unless the user fixed probes and steps and gave none."""
-    if method.rtol is None and method.atol is None:
-        return {} if method.probes is None or method.steps is None else {"rtol": None, "atol": None}
-    return {"rtol": method.rtol or 0.0, "atol": method.atol or 0.0}
 
 
 def _gradient_surrogate(A: LinearOperator, seed: int, probes: int) -> Tensor:

@@ -59,16 +59,13 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, re
 
     def run() -> tuple[Tensor, EstimateReport]:
         seed = resolve_seed(method.generator)
-        # A fixed number of probes without a target is run as asked, whatever its half-width.
-        fixed = method.probes is not None and method.rtol is None
-        targets = {} if method.rtol is None and not fixed else {"rtol": method.rtol}
         value, report = estimator(
-            product(A), A.shape[0], probes=method.probes, seed=seed, dtype=A.dtype, device=A.device, **targets
+            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device
         )
         report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=A.device)
         settle(estimate, report, method.on_failure, _ADVICE)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and A._requires_grad():
             Z = rademacher(A.shape[0], 0, max(report.probes, 1), seed=seed, dtype=A.dtype, device=A.device)
             estimate = with_gradient_of(estimate, (Z * A._apply(Z)).sum(dtype=torch.float64) / Z.shape[1])
         return estimate, report
