@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator, Scalar
-from curvops.operators.diagonal import Identity, Zero, diagonal_of
+from curvops.operators.dense import Dense
+from curvops.operators.diagonal import Diagonal, Identity, Zero, diagonal_of, is_diagonal, is_zero
 from curvops.operators.formula import Formula, scalar_text
 from curvops.operators.lowrank import WOODBURY, LowRank, LowRankPlusDiagonal
 
@@ -56,7 +57,8 @@ def scale(factor: Scalar, operator: LinearOperator) -> LinearOperator:
 def multiply(left: LinearOperator, right: LinearOperator) -> LinearOperator:
     """`left @ right`: scalars move out, identities vanish, structured neighbours merge."""
     _require_alike(left, right, "@")
-    if left.shape[1] != right.shape[0]:
+    inner = (left._known_shape()[1], right._known_shape()[0])
+    if None not in inner and inner[0] != inner[1]:
         raise ShapeError(f"cannot multiply {left!r} of shape {left.shape} and {right!r} of shape {right.shape}.")
     front, left = _split_scalar(left)
     back, right = _split_scalar(right)
@@ -72,7 +74,7 @@ def multiply(left: LinearOperator, right: LinearOperator) -> LinearOperator:
 
 
 def _with_term(terms: list[LinearOperator], term: LinearOperator) -> list[LinearOperator]:
-    if isinstance(term, Zero):
+    if isinstance(term, Zero) or (isinstance(term, Identity) and is_zero(term.scale)):
         return terms
     for index, present in enumerate(terms):
         merged = _merge(present, term)
@@ -154,27 +156,23 @@ class Sum(LinearOperator):
         if verb_name in ("trace", "diagonal", "dense"):
             routes = [term._exact(verb_name) for term in self.terms]
             return None if any(route is None for route in routes) else "term by term"
-        if self._shifted() is not None:
-            return f"{self._shifted_name(verb_name)} of the first term, shifted"
-        if self._woodbury_parts() is not None:
-            return WOODBURY.get(verb_name)
-        return None
-
-    def _shifted_name(self, verb_name: str) -> str:
+        if all(is_diagonal(term) for term in self.terms):
+            return "elementwise"
         shifted = self._shifted()
-        assert shifted is not None
-        return shifted[0]._exact("function") or "eigendecomposition"
+        if verb_name in WOODBURY and self._woodbury_parts() is not None:
+            return WOODBURY[verb_name]
+        return None if shifted is None else f"{shifted[0]._exact('function')}, shifted"
 
     def _has_spectral(self) -> bool:
-        return self._shifted() is not None
+        return all(is_diagonal(term) for term in self.terms) or self._shifted() is not None
 
     def _spectral(self) -> Eigen:
+        if all(is_diagonal(term) for term in self.terms):
+            return Diagonal(self._diagonal())._spectral()
         shifted = self._shifted()
         assert shifted is not None
         operator, identity = shifted
-        damped = operator._spectral()._plus(identity)
-        assert damped is not None
-        return damped  # type: ignore[return-value]
+        return operator._spectral()._shift(identity.scale)
 
     def _solve(self, B: Tensor) -> Tensor:
         return self._closed_form()._solve(B)
@@ -235,7 +233,8 @@ class Sum(LinearOperator):
             return None
         for operator, other in (self.terms, self.terms[::-1]):
             d = diagonal_of(other)
-            if isinstance(operator, LowRank) and d is not None and bool((d.detach() > 0).all()):
+            positive = d is not None and bool((d.detach() > 0).all())
+            if isinstance(operator, LowRank) and operator.rank < operator.shape[0] and d is not None and positive:
                 return operator, d
         return None
 
@@ -249,12 +248,8 @@ class Scaled(LinearOperator):
     """`c · A` with c a float or a 0-dim tensor that gradients reach."""
 
     def __init__(self, factor: Scalar, operator: LinearOperator) -> None:
-        super().__init__(
-            operator._known_shape(),
-            operator.dtype,
-            operator.device,
-            memory_budget=operator.memory_budget,  # type: ignore[arg-type]
-        )
+        # Its shape is the operator's, which may take a forward pass to find.
+        super().__init__((0, 0), operator.dtype, operator.device, memory_budget=operator.memory_budget)
         self.factor, self.operator = factor, operator
 
     @property
@@ -356,8 +351,17 @@ class Product(LinearOperator):
 
     def __init__(self, *factors: LinearOperator) -> None:
         self.factors = factors
-        shape = (factors[0].shape[0], factors[-1].shape[1])
-        super().__init__(shape, factors[0].dtype, factors[0].device)
+        budgets = [factor.memory_budget for factor in factors if factor.memory_budget is not None]
+        super().__init__(
+            self._known_shape(), factors[0].dtype, factors[0].device, memory_budget=min(budgets) if budgets else None
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.factors[0].shape[0], self.factors[-1].shape[1])
+
+    def _known_shape(self) -> tuple[int | None, int | None]:
+        return (self.factors[0]._known_shape()[0], self.factors[-1]._known_shape()[1])
 
     @property
     def is_symmetric(self) -> bool:
@@ -415,9 +419,18 @@ class Transpose(LinearOperator):
     """`Aᵀ`."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        rows, columns = operator.shape
-        super().__init__((columns, rows), operator.dtype, operator.device, memory_budget=operator.memory_budget)
+        # Its shape is the operator's, which may take a forward pass to find.
+        super().__init__((0, 0), operator.dtype, operator.device, memory_budget=operator.memory_budget)
         self.operator = operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.operator.shape
+        return (columns, rows)
+
+    def _known_shape(self) -> tuple[int | None, int | None]:
+        rows, columns = self.operator._known_shape()
+        return (columns, rows)
 
     def _matmat(self, V: Tensor) -> Tensor:
         return self.operator._rapply(V)
@@ -456,5 +469,13 @@ class Transpose(LinearOperator):
 def _is_transpose(left: LinearOperator, right: LinearOperator) -> bool:
     if left is right:
         return left.is_symmetric
+    if isinstance(left, Dense) and isinstance(right, Dense):
+        return is_transposed_view(left.M, right.M)
     pairs = ((left, right), (right, left))
     return any(isinstance(a, Transpose) and a.operator is b for a, b in pairs)
+
+
+def is_transposed_view(M: Tensor, N: Tensor) -> bool:
+    """Whether N is M's memory read the other way round."""
+    mirrored = M.shape == N.shape[::-1] and M.stride() == N.stride()[::-1]
+    return mirrored and M.data_ptr() == N.data_ptr()

@@ -422,7 +422,7 @@ class LinearOperator:
         facts = ["symmetric" if self.is_symmetric else "", "positive semidefinite" if self.is_psd else ""]
         if self._bound_is_free() and self.lower_bound is not None:
             facts.append(f"spectrum >= {formula.scalar_text(self.lower_bound)}")
-        size = formula.size_text(self._known_shape())
+        size = formula.times_text(self._known_shape())
         head = ", ".join([size, formula.dtype_text(self.dtype), str(self.device), *filter(None, facts)])
         return f"{head}\n{formula.tree(self._formula())}"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvops.errors import ShapeError, UnsupportedError
 from curvops.operators.autograd import linear_map
 from curvops.operators.base import LinearOperator
+from curvops.operators.formula import Formula, size_text
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
@@ -93,9 +94,8 @@ class Closure(LinearOperator):
             )
         return result.detach()
 
-    def _formula(self):
-        node = super()._formula()
-        return type(node)("leaf", node.text.replace("Closure", self.name, 1))
+    def _formula(self) -> Formula:
+        return Formula("leaf", f"{self.name}({size_text(self.shape)})")
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(f"{self!r} holds a function and cannot be pickled; save the data it is built from.")

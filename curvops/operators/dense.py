@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,19 +62,24 @@ class Dense(LinearOperator):
     def _spectral(self) -> Eigen:
         from curvops.operators.eigen import Eigen
 
-        return self._kept("eigen", lambda: Eigen(*_as_pair(dense.eigh(self.M))))
+        def decompose() -> Eigen:
+            # In float64 for every dtype: the eigenvalues then carry the rounding of the matrix as stored, and no other.
+            values, vectors = dense.eigh(self.M.double())
+            return Eigen(vectors.to(self.dtype), values.to(self.dtype))
+
+        return self._kept("eigen", decompose, self.M)
 
     def _solve(self, B: Tensor) -> Tensor:
         if not self.is_symmetric:
             return torch.linalg.solve(self.M, B)
         try:
-            L, _ = self._kept("cholesky", lambda: dense.cholesky(self.M, jitter=False))
+            L = self._kept("cholesky", lambda: definite_cholesky(self.M), self.M)
         except NotPositiveDefiniteError:
             return self._spectral()._solve(B)
         return dense.solve_cholesky(L, B)
 
     def _logdet(self) -> Tensor:
-        L, _ = self._kept("cholesky", lambda: dense.cholesky(self.M, jitter=False))
+        L = self._kept("cholesky", lambda: definite_cholesky(self.M), self.M)
         return dense.logdet_cholesky(L)
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
@@ -111,20 +115,28 @@ class Dense(LinearOperator):
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
         return Dense(self.M.to(device, dtype), is_symmetric=self._symmetry, is_psd=self._psd)
 
-    def _kept(self, key: str, build: Callable[[], object]):
-        """What `build` makes, kept unless autograd runs through it (a kept graph can be walked only once)."""
-        if self.M.requires_grad and torch.is_grad_enabled():
-            return build()
-        if key not in self._cache:
-            self._cache[key] = build()
-        return self._cache[key]
-
 
 def as_operator(matrix: Tensor | LinearOperator) -> LinearOperator:
     """An operator as it is, a matrix as `Dense`."""
     return matrix if isinstance(matrix, LinearOperator) else Dense(matrix)
 
 
-def _as_pair(values_and_vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    values, vectors = values_and_vectors
-    return vectors, values
+def definite_cholesky(M: Tensor) -> Tensor:
+    """Cholesky factor of a matrix that is positive definite beyond rounding.
+
+    Raises:
+        NotPositiveDefiniteError: An eigenvalue is negative, or within rounding of zero, where a factorisation may
+            succeed by luck and its smallest pivots mean nothing.
+    """
+    L, _ = dense.cholesky(M, jitter=False)
+    size, eps = M.shape[0], torch.finfo(M.dtype).eps
+    pivots = L.detach().diagonal() ** 2
+    if float(pivots.min()) <= size * eps * float(M.detach().diagonal().max()):
+        values = torch.linalg.eigvalsh(M.detach().double())
+        low, high = float(values[0]), float(values[-1])
+        if low <= 4 * size**0.5 * eps * high:
+            raise NotPositiveDefiniteError(
+                f"the ({size}, {size}) matrix is singular to working precision: its smallest eigenvalue is {low:.3g}, its "
+                f"largest {high:.3g}; use add_diagonal(d) with d > {4 * size**0.5 * eps * high:.2g}, or float64."
+            )
+    return L

@@ -234,6 +234,20 @@ def diagonal_of(operator: LinearOperator) -> Tensor | None:
     return None
 
 
+def is_diagonal(operator: LinearOperator) -> bool:
+    """Whether the operator is known to be diagonal, also where its entries are not computed yet."""
+    from curvops.operators.deferred import Deferred
+
+    if isinstance(operator, Deferred):
+        return issubclass(operator.kind, Diagonal | Identity)
+    return isinstance(operator, Diagonal | Identity)
+
+
+def is_zero(scalar: Scalar) -> bool:
+    """Whether a scalar is the number 0 and nothing that gradients could reach."""
+    return not isinstance(scalar, Tensor) and scalar == 0
+
+
 def damping(delta: Scalar | Mapping[str, Scalar], operator: LinearOperator) -> LinearOperator:
     """δ as a diagonal operator that fits `operator`: scalar, `(P,)` tensor, or dict name → scalar or tensor."""
     if isinstance(delta, Mapping):

@@ -27,9 +27,12 @@ class Eigen(LinearOperator):
         Q: `(P, r)` tensor or operator with orthonormal columns (not checked).
         values: `(r,)` eigenvalues in the order of Q's columns.
         rest: Eigenvalue on the complement of Q's range when r < P (0 by default).
+        floor: A proven lower bound on the spectrum, where the values themselves have rounding.
     """
 
-    def __init__(self, Q: Tensor | LinearOperator, values: Tensor, rest: Scalar = 0.0) -> None:
+    def __init__(
+        self, Q: Tensor | LinearOperator, values: Tensor, rest: Scalar = 0.0, *, floor: float | None = None
+    ) -> None:
         from curvops.operators.dense import as_operator
 
         self.Q = as_operator(Q)
@@ -37,12 +40,13 @@ class Eigen(LinearOperator):
         if tuple(values.shape) != (rank,):
             raise ShapeError(f"Eigen: Q is {size} x {rank}, so values must be ({rank},); got {tuple(values.shape)}.")
         super().__init__((size, size), self.Q.dtype, self.Q.device, is_symmetric=True)
-        self.values, self.rest, self.thin = values, rest, rank < size
+        self.values, self.rest, self.thin, self.floor = values, rest, rank < size, floor
 
     @property
     def lower_bound(self) -> float:
         low = float(self.values.detach().min()) if len(self.values) else torch.inf
-        return min(low, float(self.rest)) if self.thin else low
+        low = min(low, float(self.rest)) if self.thin else low
+        return low if self.floor is None else max(low, self.floor)
 
     @property
     def is_psd(self) -> bool:
@@ -67,10 +71,10 @@ class Eigen(LinearOperator):
         inverse, rest = self._map(_reciprocal(self._tolerance()))
         X = self._with(inverse, rest, B)
         if self._is_singular():
-            unreached = (B - self._matmat(X)).detach().norm(dim=0)
-            if bool(
-                (unreached > 1e3 * torch.finfo(self.dtype).eps * self.shape[0] ** 0.5 * B.detach().norm(dim=0)).any()
-            ):
+            kept, kept_rest = self._map(lambda x: (x.detach().abs() > self._tolerance()).to(self.dtype))
+            unreached = (B - self._with(kept, kept_rest, B)).detach().norm(dim=0)
+            rounding = 100 * torch.finfo(self.dtype).eps * self.shape[0] ** 0.5
+            if bool((unreached > rounding * B.detach().norm(dim=0)).any()):
                 raise NotPositiveDefiniteError(
                     f"solve: {self!r} is singular and the right-hand side is not in its range (distance "
                     f"{float(unreached.max()):.2g}); add a diagonal, or project the right-hand side."
@@ -94,7 +98,7 @@ class Eigen(LinearOperator):
 
     def _diagonal(self) -> Tensor:
         rest = self._rest()
-        return hadamard_square(self.Q)._apply((self.values - rest)[:, None])[:, 0] + rest
+        return self.Q._hadamard_square()._apply((self.values - rest)[:, None])[:, 0] + rest
 
     def _trace(self) -> Tensor:
         return self.values.sum() + (self.shape[0] - len(self.values)) * self._rest()
@@ -122,9 +126,16 @@ class Eigen(LinearOperator):
         return Eigen(self.Q, factor * self.values, factor * self.rest)
 
     def _plus(self, other: LinearOperator) -> LinearOperator | None:
-        if not isinstance(other, Identity):
-            return None
-        return Eigen(self.Q, self.values + other.scale, self.rest + other.scale)
+        if isinstance(other, Eigen) and other.Q is self.Q:
+            return Eigen(self.Q, self.values + other.values, self.rest + other.rest)
+        return self._shift(other.scale) if isinstance(other, Identity) else None
+
+    def _shift(self, delta: Scalar) -> Eigen:
+        """`A + δI`. Eigenvalues that are negative by no more than rounding count as 0 below a positive δ."""
+        low, floor, values = self.lower_bound, None, self.values
+        if float(delta) > 0 and low >= -self._tolerance():
+            values, floor = values.clamp_min(0.0) if low < 0 else values, float(delta) + max(low, 0.0)
+        return Eigen(self.Q, values + delta, self.rest + delta, floor=floor)
 
     def _holds_tensors(self) -> bool:
         return True
@@ -153,10 +164,12 @@ class Eigen(LinearOperator):
         return torch.as_tensor(self.rest, dtype=self.dtype, device=self.device)
 
     def _tolerance(self) -> float:
-        """Eigenvalues below it are rounding of the largest."""
+        """Eigenvalues below it are rounding of the largest; 0 where a floor above 0 is proven."""
+        if self.floor is not None and self.floor > 0:
+            return 0.0
         largest = float(self.values.detach().abs().max()) if len(self.values) else 0.0
         largest = max(largest, abs(float(self.rest))) if self.thin else largest
-        return self.shape[0] * torch.finfo(self.dtype).eps * largest
+        return _rounding(self.Q) * largest
 
     def _is_singular(self) -> bool:
         magnitudes = self.values.detach().abs()
@@ -164,9 +177,15 @@ class Eigen(LinearOperator):
         return min(smallest, abs(float(self.rest)) if self.thin else torch.inf) <= self._tolerance()
 
 
-def hadamard_square(Q: LinearOperator) -> LinearOperator:
-    """Q with every entry squared, in Q's own structure."""
-    return Q._hadamard_square()  # type: ignore[attr-defined]
+def _rounding(Q: LinearOperator) -> float:
+    """Relative rounding of eigenvalues whose vectors are Q: √n units per dense basis, none where Q is the identity."""
+    from curvops.operators.kronecker import Kronecker
+
+    if isinstance(Q, Identity):
+        return 0.0
+    if isinstance(Q, Kronecker):
+        return sum(_rounding(factor) for factor in Q.factors)
+    return 4 * Q.shape[0] ** 0.5 * torch.finfo(Q.dtype).eps
 
 
 def _reciprocal(tolerance: float) -> Callable[[Tensor], Tensor]:

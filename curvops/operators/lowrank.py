@@ -68,14 +68,12 @@ class LowRank(LinearOperator):
     def _spectral(self) -> Eigen:
         from curvops.operators.eigen import Eigen
 
-        if "eigen" in self._cache:
-            return self._cache["eigen"]
-        Q, R = torch.linalg.qr(self.U)  # Q (P, min(P, r)): also right for more columns than rows
-        values, vectors = torch.linalg.eigh((R * self.s) @ R.T)
-        eigen = Eigen(Q @ vectors, values)
-        if not eigen.values.requires_grad:
-            self._cache["eigen"] = eigen
-        return eigen
+        def decompose() -> Eigen:
+            Q, R = torch.linalg.qr(self.U)  # Q (P, min(P, r)): also right for more columns than rows
+            values, vectors = torch.linalg.eigh((R * self.s) @ R.T)
+            return Eigen(Q @ vectors, values)
+
+        return self._kept("eigen", decompose, self.U, self.s)
 
     def _diagonal(self) -> Tensor:
         return (self.U**2) @ self.s
@@ -95,6 +93,8 @@ class LowRank(LinearOperator):
     def _plus(self, other: LinearOperator) -> LinearOperator | None:
         if not isinstance(other, LowRank):
             return None
+        if other.U is self.U:
+            return LowRank(self.U, self.s + other.s)
         return LowRank(torch.cat([self.U, other.U], 1), torch.cat([self.s, other.s]))
 
     def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator | None:
@@ -167,7 +167,7 @@ class LowRankPlusDiagonal(LinearOperator):
 
     def _has_negative_eigenvalue(self) -> bool:
         W, _ = self._core()
-        Q, R = torch.linalg.qr(W.detach())
+        R = torch.linalg.qr(W.detach(), mode="r").R
         inner = torch.linalg.eigvalsh((R * self.low_rank.s.detach().sign()) @ R.T)
         return bool(inner.min() <= -1)
 

@@ -89,7 +89,7 @@ def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise) -> P
 
 def _lanczos(A: LinearOperator, f: Elementwise, method: methods.Lanczos, reason: str) -> Plan:
     def run(V: Tensor) -> tuple[Tensor, Report]:
-        if torch.is_grad_enabled() and A._apply(V.detach()[:, :1]).requires_grad:
+        if torch.is_grad_enabled() and A._requires_grad():
             raise UnsupportedError(
                 f"f(A) v by Lanczos has no gradient with respect to the damping or factors of {A!r}; use Eigh(), or "
                 f"detach them."

@@ -153,7 +153,7 @@ def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: s
     def run(B: Tensor) -> Solution:
         X, report = _certified(A, method, B.detach(), reason)
         settle(X, report, method.on_failure, _ADVICE[name])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (B.requires_grad or A._requires_grad()):
             # A refined X is float64 beside a float32 operator; its gradients are of the operator's precision.
             residual = A._apply(X.to(A.dtype)) - B
             X = implicit_solution(residual, X, lambda G: _certified_or_raise(A, method, G.to(A.dtype)).to(A.dtype))
