@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from curvops.errors import DataError
 from curvops.memory import default_budget
 from curvops.nets.batches import Batch
 from curvops.nets.data import DataSource
-from curvops.nets.forward import Network
+from curvops.nets.forward import Network, rebuilt
 from curvops.nets.likelihood import Likelihood
 from curvops.nets.likelihoods import resolve
 from curvops.nets.parameters import ParameterSelection, Params, unwrap
@@ -69,37 +70,42 @@ class Objective:
     ) -> None:
         self.model = _copied(model) if snapshot else model
         self._options: Options = {
-            "params": params, "dict_key_x": dict_key_x, "dict_key_y": dict_key_y, "num_data": num_data,
-            "memory_budget": memory_budget, "progress": progress,
-        }  # fmt: skip
+            "params": params.clone() if isinstance(params, Tensor) else params,
+            "dict_key_x": dict_key_x,
+            "dict_key_y": dict_key_y,
+            "num_data": num_data,
+            "memory_budget": memory_budget,
+            "progress": progress,
+        }
         self._data = _copied_batches(data) if snapshot else data
         self._cast = cast
         self.network = Network(self.model)
         self.selection = ParameterSelection(self.model, params)
-        self.selection.check_finite()
         self.likelihood: Likelihood | None = None if likelihood is None else resolve(likelihood)
         self.source = DataSource(self._data, dict_key_x=dict_key_x, dict_key_y=dict_key_y, num_data=num_data)
         self.record = PassRecord()
         self.watch = Watch(self.model, self.source.tensors())
         self.memory_budget, self.progress = memory_budget, progress
         self._checked = False
+        self._generation = 0
+
+    def needed_likelihood(self) -> Likelihood:
+        """The likelihood.
+
+        Raises:
+            DataError: None was given to a curvature that needs one.
+        """
+        if self.likelihood is None:
+            raise DataError(
+                'The likelihood is None; a curvature of the loss needs one, such as "regression", "classification" or '
+                '"binary". A Jacobian or an unweighted Gram matrix needs none.'
+            )
+        return self.likelihood
 
     @property
     def num_data(self) -> int | None:
         """N, or None until a pass has counted it."""
         return self.source.num_data
-
-    @property
-    def num_outputs(self) -> int | None:
-        """C if the model announces it as `output_size`, otherwise None."""
-        size = getattr(self.network.module, "output_size", None)
-        return size if isinstance(size, int) and not isinstance(size, bool) else None
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether in-memory inputs show that outputs are `(B, C)`: features `(B, d)` have no positions."""
-        tensors = [t for _, t in self.source.tensors()]
-        return bool(tensors) and all(t.dim() <= 2 for t in tensors) and tensors[0].is_floating_point()
 
     @property
     def layout(self) -> Layout | None:
@@ -116,31 +122,44 @@ class Objective:
         """Bytes that a verb may take now."""
         return default_budget(self.selection.device) if self.memory_budget is None else self.memory_budget
 
+    def refresh(self) -> int:
+        """The cheap watch, before every pass: a number that grows when graphs kept before must be dropped.
+
+        Raises:
+            StaleOperatorError: Parameters, buffers, in-memory data or modes have changed.
+        """
+        if self.watch.check():  # written in place with equal content: autograd refuses graphs of before
+            self._generation += 1
+        return self._generation
+
     def batches(self) -> Iterator[Batch]:
-        """One pass over the data, on the parameters' device; call `observe` on each, in order."""
+        """One pass over the data, on the parameters' device; `check` and `observe` each batch, in order."""
         dtype = self.selection.dtype if self._cast else None
         yield from self.source.batches(self.selection.device, dtype, self.progress, "curvature")
         self.record.finish()
         self._checked = True
 
-    def observe(self, batch: Batch, f: Tensor) -> None:
-        """Check outputs and targets (values in the first pass), and that a later pass repeats the first."""
+    def check(self, f: Tensor, y: Tensor) -> None:
+        """Refuse outputs and targets that do not fit the likelihood; values are read until a pass was completed."""
         if self.likelihood is not None:
-            check = self.likelihood.check_shapes if self._checked else self.likelihood.check
-            check(f, batch.y)
+            (self.likelihood.check_shapes if self._checked else self.likelihood.check)(f, y)
+
+    def observe(self, batch: Batch, f: Tensor) -> None:
+        """Note a batch's outputs and targets, so that a pass which does not repeat the first is found out."""
         self.record.observe(batch.index, f, batch.y)
 
     def evaluate(self) -> Iterator[tuple[Batch, Tensor]]:
         """One pass of forwards: every batch with its outputs, detached."""
+        self.refresh()
         for batch in self.batches():
             f = self.network.evaluate(batch.x)
+            self.check(f, batch.y)
             self.observe(batch, f)
             yield batch, f
 
     def loss(self) -> Tensor:
         """Σ −log p without constants, 0-dim; one no-grad forward per batch."""
-        assert self.likelihood is not None
-        likelihood = self.likelihood
+        likelihood = self.needed_likelihood()
         total = torch.zeros((), dtype=self.selection.dtype, device=self.selection.device)
         with torch.no_grad():
             for batch, f in self.evaluate():
@@ -149,7 +168,8 @@ class Objective:
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Objective:
         """The same objective on a private copy of the model in another dtype or on another device."""
-        self.watch.check()
+        self.refresh()
+        self.watch.check_content()
         model = _copied(self.model).to(device=device, dtype=dtype)
         cast = self._cast or dtype != self.selection.dtype
         return Objective(model, self.likelihood, self._data, cast=cast, **self._options)
@@ -163,8 +183,10 @@ def _copied_batches(data: Any) -> Any:
     """In-memory batches copied; an iterable that makes its batches anew stays what it is."""
     if isinstance(data, Tensor):
         return data.detach().clone()
-    if isinstance(data, tuple | list) and not hasattr(data, "_fields"):
+    if isinstance(data, Mapping):
+        return rebuilt(data, {key: _copied_batches(value) for key, value in data.items()})
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(_copied_batches(part) for part in data))
+    if type(data) in (tuple, list):
         return type(data)(_copied_batches(part) for part in data)
-    if isinstance(data, dict):
-        return {key: _copied_batches(value) for key, value in data.items()}
     return data

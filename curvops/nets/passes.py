@@ -54,6 +54,11 @@ class PassRecord:
         """Number of batches of the first complete pass; None before its end."""
         return self._count
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]] | None:
+        """Shape of every batch's outputs in the first complete pass; None before its end."""
+        return None if self._count is None else [trace.shape for trace in self._first.values()]
+
     def observe(self, index: int, f: Tensor, y: Tensor | None = None) -> None:
         """Note one batch of the present pass.
 

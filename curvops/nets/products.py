@@ -175,6 +175,11 @@ class Linearisation(_Kept):
             roots += self._tangent[2]
         return graph_bytes(roots, self._network.module)
 
+    @property
+    def has_adjoint(self) -> bool:
+        """Whether the adjoint's graph, which the first `jvp` builds, is there (a constant needs none)."""
+        return self._tangent is not None or self._constant
+
     def release(self) -> None:
         """Drop the graphs; the outputs stay."""
         self._released = True

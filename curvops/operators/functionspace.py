@@ -30,7 +30,6 @@ class FunctionSpaceForm:
 
     Attributes:
         operator: A.
-        rows: n, the rows of B.
     """
 
     def __init__(self, operator: LinearOperator, curvature: LinearOperator, damping: LinearOperator) -> None:
@@ -38,7 +37,16 @@ class FunctionSpaceForm:
         gram = curvature._gram()
         assert gram is not None
         self.gram = gram
-        self.rows = gram.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """n, the rows of B; may take a forward pass to find."""
+        return self.gram.shape[0]
+
+    @property
+    def known_rows(self) -> int | None:
+        """n as far as it is known without computing."""
+        return self.gram._known_shape()[0]
 
     def algorithm(self, verb_name: str) -> str:
         """The algorithm's name for a verb."""

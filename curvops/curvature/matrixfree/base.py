@@ -30,7 +30,7 @@ class Piece(Protocol):
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes that it holds."""
+        """Bytes that it holds, with those that its first product will add; costs a walk over the graph."""
         ...
 
     def release(self) -> None:
@@ -38,12 +38,19 @@ class Piece(Protocol):
         ...
 
 
+class _Kept(NamedTuple):
+    batch: Batch
+    piece: Any
+    size: int
+
+
 class DataOperator(LinearOperator):
     """An operator over a network and a data set; a subclass writes `_build` for one batch, and its products.
 
-    Keeps the linearisation of as many batches as fit into half of the memory budget (`cache="auto"`), all of them
-    (True) or none (False); the others are computed again in each product. A data set whose batches are all kept is not
-    read again.
+    Memory: half of the budget is for kept linearisations, of as many batches, from the first, as fit (`cache="auto"`),
+    of all (True) or none (False); the others are computed again in each product. A quarter is for the transients of
+    many columns, the rest for the graph being built and for vectors. A data set whose batches are all kept is not read
+    again.
     """
 
     objective: Objective
@@ -73,8 +80,15 @@ class DataOperator(LinearOperator):
         )  # fmt: skip
         self.objective = objective
         self._policy: Cache = cache
-        self._kept: dict[int, tuple[Batch, Any]] = {}
+        self._linearised: dict[int, _Kept] = {}
         self._all_kept = False
+        self._sizes: dict[int, int] = {}
+        self._generation = objective.refresh()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a pass keeps linearisations (as far as the budget goes) for the next one."""
+        return self._policy is not False
 
     def _own(self) -> dict[str, Any]:
         """The class's own keywords, as `of` takes them."""
@@ -86,53 +100,76 @@ class DataOperator(LinearOperator):
     # ---------------------------------------------------------------- one pass
 
     def _build(self, batch: Batch) -> Any:
-        """The batch's `Piece`; one forward, which autograd records."""
+        """The batch's `Piece`; one recorded forward, its outputs checked before targets meet them."""
         raise NotImplementedError
 
     def _pieces(self) -> Iterator[tuple[Batch, Any]]:
         """Every batch with its piece, in order; the pieces kept are not built again."""
-        if self.objective.watch.check():
-            self._forget()  # written in place with equal content: autograd would refuse the kept graphs
+        if (generation := self.objective.refresh()) != self._generation:
+            self._forget()
+            self._generation = generation
         if self._all_kept:
-            yield from self._kept.values()
+            yield from ((kept.batch, kept.piece) for kept in self._linearised.values())
             return
+        room = self._room()
         for batch in self.objective.batches():
-            known = self._kept.get(batch.index)
-            piece = self._build(batch) if known is None else known[1]
+            kept = self._linearised.get(batch.index)
+            piece = self._build(batch) if kept is None else kept.piece
             self.objective.observe(batch, piece.outputs)
             yield batch, piece
-            if known is None and self._may_keep(piece):
-                self._kept[batch.index] = (batch, piece)
-            elif known is None:
-                piece.release()
-        self._all_kept = len(self._kept) == self.objective.record.batches
+            if kept is None:
+                room -= self._keep(batch, piece, room)
+        self._all_kept = len(self._linearised) == self.objective.record.batches
 
-    def _may_keep(self, piece: Any) -> bool:
+    def _room(self) -> float:
+        """Bytes that further kept graphs may take at the start of a pass."""
         if self._policy != "auto":
-            return bool(self._policy)
-        held = sum(kept.graph_bytes for _, kept in self._kept.values())
-        return 2 * (held + piece.graph_bytes) <= self.objective.budget() + held
+            return float("inf") if self._policy else -1.0
+        held = sum(kept.size for kept in self._linearised.values())
+        budget = self.objective.budget()
+        if self.objective.memory_budget is None:
+            budget += held // 2  # the default is half of what is free, and what is held is no longer free
+        return budget // 2 - held
 
-    def _sum(self, V: Tensor, product: Any) -> Tensor:
+    def _keep(self, batch: Batch, piece: Piece, room: float) -> int:
+        """Keep a piece that fits, release one that does not; returns the bytes taken."""
+        if room <= 0:
+            piece.release()
+            return 0
+        size = self._sizes[batch.index] = piece.graph_bytes
+        if size > room:
+            piece.release()
+            return 0
+        self._linearised[batch.index] = _Kept(batch, piece, size)
+        return size
+
+    def _sum(self, V: Tensor, product: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Σ over batches of `product(piece, V)`, columns in chunks that fit into the budget."""
         total = torch.zeros_like(V)
-        for _, piece in self._pieces():
-            for start, stop in self._chunks(piece, V.shape[1]):
+        for batch, piece in self._pieces():
+            for start, stop in self._chunks(batch, piece, V.shape[1]):
                 total[:, start:stop] += product(piece, V[:, start:stop])
         return total
 
-    def _chunks(self, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
-        """Ranges of columns whose transients, of about a graph's size each, fit into a quarter of the budget."""
-        budget = self.objective.budget() // 4
-        per_column = max(piece.graph_bytes, 4 * self.objective.selection.size * self.dtype.itemsize)
-        step = columns_within(budget, self.device, per_column, max(columns, 1))
+    def _chunks(self, batch: Batch, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
+        """Ranges of columns whose transients fit into a quarter of the budget.
+
+        A column's transients are taken to be a graph's size, or four parameter vectors where those are larger.
+        """
+        if columns <= 1:  # nothing to divide, and a product with one vector shall not walk over the graph
+            yield from [(0, columns)] * columns
+            return
+        if batch.index not in self._sizes:
+            self._sizes[batch.index] = piece.graph_bytes
+        per_column = max(self._sizes[batch.index], 4 * self.objective.selection.size * self.dtype.itemsize)
+        step = columns_within(self.objective.budget() // 4, self.device, per_column, columns)
         for start in range(0, columns, step):
             yield start, min(start + step, columns)
 
     def _forget(self) -> None:
-        for _, piece in self._kept.values():
-            piece.release()
-        self._kept, self._all_kept = {}, False
+        for kept in self._linearised.values():
+            kept.piece.release()
+        self._linearised, self._all_kept = {}, False
 
     # ---------------------------------------------------------------- the operator's side
 
@@ -150,15 +187,7 @@ class DataOperator(LinearOperator):
         return linear_map(V, self._adjoint, self._product)
 
     def _dense(self) -> Tensor:
-        # One column chunk at a time, so that the identity is never held beside the result.
-        size = self.shape[1]
-        step = max(1, min(size, 1024))
-        blocks = []
-        for start in range(0, size, step):
-            unit = torch.zeros(size, min(step, size - start), dtype=self.dtype, device=self.device)
-            unit[torch.arange(start, start + unit.shape[1]), torch.arange(unit.shape[1])] = 1.0
-            blocks.append(self._apply(unit))
-        dense = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        dense = by_columns(self._apply, self.shape[1], 1024, self.dtype, self.device)
         return (dense + dense.T) / 2 if self.is_symmetric else dense
 
     def _check_content(self) -> None:
@@ -176,12 +205,12 @@ class DataOperator(LinearOperator):
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
-            f"{self!r} holds a network and cannot be pickled; save the model's state_dict and build the operator again, "
-            f"or save to_dense() or a structured curvature (KFAC, diagonal)."
+            f"{self!r} holds a network and cannot be pickled; save the model's state_dict and build the operator "
+            f"again, or save to_dense() or a structured curvature (KFAC, diagonal)."
         )
 
     def _explain_product(self) -> str:
-        kept = f"{len(self._kept)} batches kept" if self._kept else "nothing kept yet"
+        kept = f"{len(self._linearised)} batches kept" if self._linearised else "nothing kept yet"
         return f"double backward on one graph per batch, cache={self._policy!r} ({kept})"
 
     def _formula(self) -> Formula:
@@ -194,3 +223,15 @@ class DataOperator(LinearOperator):
         if self.objective.likelihood is not None:
             facts.append(self.objective.likelihood.name)
         return facts
+
+
+def by_columns(
+    product: Callable[[Tensor], Tensor], size: int, step: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`product` of the identity of that size, at most `step` of its columns at a time."""
+    blocks = []
+    for start in range(0, size, step):
+        unit = torch.zeros(size, min(step, size - start), dtype=dtype, device=device)
+        unit[start : start + unit.shape[1]].fill_diagonal_(1.0)
+        blocks.append(product(unit))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)

@@ -48,7 +48,7 @@ class MCFisher(GaussNewton):
         cache: Cache = "auto",
         **options: Unpack[Options],
     ) -> None:
-        if isinstance(num_samples, bool) or num_samples < 1:
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
             raise ValueError(f"MCFisher(num_samples={num_samples}): expected a whole number of at least 1.")
         objective = Objective(model, likelihood, data, **options)
         self._begin(objective, cache=cache, num_samples=num_samples, seed=resolve_seed(generator))
@@ -56,6 +56,7 @@ class MCFisher(GaussNewton):
     def _begin(
         self, objective: Objective, *, cache: Cache = "auto", num_samples: int = 1, seed: int = 0, **facts: Any
     ) -> None:
+        objective.needed_likelihood()
         super()._begin(objective, cache=cache, is_psd=True)
         self.num_samples, self.seed = num_samples, seed
 
@@ -63,8 +64,7 @@ class MCFisher(GaussNewton):
         return {**super()._own(), "num_samples": self.num_samples, "seed": self.seed}
 
     def _form(self, batch: Batch, f: Tensor) -> Form:
-        assert self.objective.likelihood is not None
-        draw = self.objective.likelihood.pseudo_gradients_at
+        draw = self.objective.needed_likelihood().pseudo_gradients_at
         draws = [
             draw(f, batch.y, seed=self.seed, position=batch.position, sample=sample)
             for sample in range(self.num_samples)
@@ -106,6 +106,7 @@ class EmpiricalFisher(GaussNewton):
         self._begin(Objective(model, likelihood, data, **options), cache=cache, datum=datum)
 
     def _begin(self, objective: Objective, *, cache: Cache = "auto", datum: Datum = "token", **facts: Any) -> None:
+        objective.needed_likelihood()
         super()._begin(objective, cache=cache, is_psd=True)
         self.datum: Datum = datum
 
@@ -113,8 +114,7 @@ class EmpiricalFisher(GaussNewton):
         return {**super()._own(), "datum": self.datum}
 
     def _form(self, batch: Batch, f: Tensor) -> Form:
-        assert self.objective.likelihood is not None
-        g = self.objective.likelihood.gradient(f, batch.y)
+        g = self.objective.needed_likelihood().gradient(f, batch.y)
         return ExampleForm(g) if self.datum == "example" else RootForm(g.unsqueeze(-1))
 
     def _rows(self, outputs: tuple[int, ...]) -> int:

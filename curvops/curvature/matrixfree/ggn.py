@@ -35,8 +35,8 @@ class LinearPiece:
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes that the kept graphs hold."""
-        return self.linearisation.graph_bytes
+        """Bytes that the graphs hold; the adjoint's, where no forward derivative has built it, at about as much."""
+        return self.linearisation.graph_bytes * (1 if self.linearisation.has_adjoint else 2)
 
     def release(self) -> None:
         """Drop the graphs."""
@@ -56,6 +56,7 @@ class GaussNewton(DataOperator):
 
     def _build(self, batch: Batch) -> LinearPiece:
         linearisation = Linearisation(self.objective.network, self.objective.selection, batch.x)
+        self.objective.check(linearisation.outputs, batch.y)
         with torch.no_grad():
             return LinearPiece(linearisation, self._form(batch, linearisation.outputs))
 
@@ -104,14 +105,11 @@ class GGN(GaussNewton):
         self._begin(Objective(model, likelihood, data, **options), cache=cache)
 
     def _begin(self, objective: Objective, *, cache: Cache = "auto", **facts: Any) -> None:
-        assert objective.likelihood is not None
-        super()._begin(objective, cache=cache, is_psd=objective.likelihood.is_convex)
+        super()._begin(objective, cache=cache, is_psd=objective.needed_likelihood().is_convex)
 
     def _form(self, batch: Batch, f: Tensor) -> Form:
-        assert self.objective.likelihood is not None
-        return HessianForm(self.objective.likelihood, f, batch.y)
+        return HessianForm(self.objective.needed_likelihood(), f, batch.y)
 
     def _rows(self, outputs: tuple[int, ...]) -> int:
-        assert self.objective.likelihood is not None
         *positions, C = outputs
-        return math.prod(positions) * self.objective.likelihood.rank(C)
+        return math.prod(positions) * self.objective.needed_likelihood().rank(C)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from curvops.curvature.matrixfree.base import Cache
+from curvops.curvature.matrixfree.base import Cache, by_columns
 from curvops.curvature.matrixfree.ggn import GGN, GaussNewton
 from curvops.curvature.matrixfree.jacobian import (
     Factor,
@@ -17,6 +17,7 @@ from curvops.curvature.matrixfree.jacobian import (
     known_function_space_size,
 )
 from curvops.curvature.objective import Objective, Options
+from curvops.errors import UnsupportedError
 from curvops.memory import default_budget
 from curvops.operators.base import LinearOperator
 from curvops.operators.formula import Formula
@@ -50,12 +51,7 @@ class GramOf(LinearOperator):
             B = self.factor._dense()
             return B @ B.T
         step = max(1, min(n, (budget // 4) // (size * self.dtype.itemsize)))
-        columns = []
-        for start in range(0, n, step):
-            unit = torch.zeros(n, min(step, n - start), dtype=self.dtype, device=self.device)
-            unit[torch.arange(start, start + unit.shape[1]), torch.arange(unit.shape[1])] = 1.0
-            columns.append(self._apply(unit))
-        dense = torch.cat(columns, 1)
+        dense = by_columns(self._apply, n, step, self.dtype, self.device)
         return (dense + dense.T) / 2
 
     def _children(self) -> tuple[LinearOperator, ...]:
@@ -82,7 +78,11 @@ class Gram(GramOf):
 
     Args:
         model, likelihood, data, cache, options: As for `GGN`.
-        weighted: False for `J Jᵀ`, the empirical neural tangent kernel (Jacot et al. 2018), N·C x N·C.
+        weighted: False for `J Jᵀ`, the empirical neural tangent kernel (Jacot et al. 2018), N·C x N·C; the likelihood
+            may then be None.
+
+    Raises:
+        UnsupportedError: A weighted Gram matrix of a likelihood that is not convex.
     """
 
     def __init__(
@@ -96,4 +96,10 @@ class Gram(GramOf):
         **options: Unpack[Options],
     ) -> None:
         kind = GGN if weighted else UnweightedGGN
-        super().__init__(kind.of(Objective(model, likelihood, data, **options), cache=cache))
+        curvature = kind.of(Objective(model, likelihood, data, **options), cache=cache)
+        if not curvature.is_psd:
+            raise UnsupportedError(
+                f"Gram: {curvature.objective.likelihood!r} is not known to be convex in the outputs, so its Λ has no "
+                "square root; pass is_convex=True to Likelihood.from_loss if it is, or weighted=False for J Jᵀ."
+            )
+        super().__init__(curvature)

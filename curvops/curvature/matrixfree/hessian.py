@@ -27,13 +27,24 @@ class Hessian(DataOperator):
     ) -> None:
         self._begin(Objective(model, likelihood, data, **options), cache=cache)
 
+    def _begin(self, objective: Objective, *, cache: Cache = "auto", **facts: Any) -> None:
+        objective.needed_likelihood()
+        super()._begin(objective, cache=cache)
+
     def _build(self, batch: Batch) -> HessianProduct:
         objective = self.objective
-        assert objective.likelihood is not None
-        # Targets are checked before the loss is differentiated, so that a wrong shape is named and not broadcast.
-        if not objective._checked:
-            objective.likelihood.check(objective.network.evaluate(batch.x), batch.y)
-        return HessianProduct(objective.network, objective.selection, objective.likelihood, batch.x, batch.y)
+        return HessianProduct(objective.network, objective.selection, _CheckedLoss(objective), batch.x, batch.y)
 
     def _product(self, V: Tensor) -> Tensor:
         return self._sum(V, lambda piece, W: piece.matmat(W))
+
+
+class _CheckedLoss:
+    """The loss, outputs and targets checked before it sees them: a wrong shape is named and not broadcast."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        self._objective.check(f.detach(), y)
+        return self._objective.needed_likelihood().loss(f, y)

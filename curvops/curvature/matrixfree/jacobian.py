@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from curvops.curvature.matrixfree.base import Cache
+from curvops.curvature.matrixfree.base import Cache, by_columns
 from curvops.curvature.matrixfree.forms import Form, IdentityForm
-from curvops.curvature.matrixfree.ggn import GaussNewton
+from curvops.curvature.matrixfree.ggn import GaussNewton, LinearPiece
 from curvops.curvature.objective import Objective, Options
+from curvops.errors import ShapeError
 from curvops.nets.batches import Batch
 from curvops.nets.jacobians import example_rows
 from curvops.operators.autograd import linear_map
-from curvops.operators.base import LinearOperator
+from curvops.operators.base import LinearOperator, verb
 from curvops.operators.formula import Formula
 
 
@@ -36,8 +37,8 @@ class UnweightedGGN(GaussNewton):
 class Factor(LinearOperator):
     """B `(n, P)` of a curvature `A = BᵀB = Σ Jᵀ Λ J`: `B = SᵀJ` with Λ = S Sᵀ, rows in the order of the data.
 
-    Shares the curvature's kept linearisations. Its number of rows is known once C is: from `model.output_size`, or by
-    one forward of the first batch at the first look at `shape`.
+    Shares the curvature's kept linearisations. How many rows it has, the first forward tells: at the first look at
+    `shape`, unless a pass was made before. What no row needs (`repr`, `.T`, `explain`) does not ask.
     """
 
     def __init__(self, curvature: GaussNewton) -> None:
@@ -60,32 +61,37 @@ class Factor(LinearOperator):
         return linear_map(V, self._push, self._pull)
 
     def _pull(self, V: Tensor) -> Tensor:
-        rows = []
-        for _, piece in self.curvature._pieces():
-            parts = [
-                piece.form.pull(piece.linearisation.jvp(V[:, start:stop]))
-                for start, stop in self.curvature._chunks(piece, V.shape[1])
-            ]
-            rows.append(torch.cat(parts, 1))
-        return torch.cat(rows)
+        result = V.new_empty(self.shape[0], V.shape[1])
+        for batch, piece, rows in self._blocks():
+            for start, stop in self.curvature._chunks(batch, piece, V.shape[1]):
+                result[rows, start:stop] = piece.form.pull(piece.linearisation.jvp(V[:, start:stop]))
+        return result
 
     def _push(self, U: Tensor) -> Tensor:
         total = U.new_zeros(self.curvature.shape[0], U.shape[1])
-        offset = 0
-        for _, piece in self.curvature._pieces():
-            rows = rows_of(self.curvature, piece.outputs)
-            for start, stop in self.curvature._chunks(piece, U.shape[1]):
-                block = U[offset : offset + rows, start:stop]
-                total[:, start:stop] += piece.linearisation.vjp(piece.form.push(block))
-            offset += rows
+        for batch, piece, rows in self._blocks():
+            for start, stop in self.curvature._chunks(batch, piece, U.shape[1]):
+                total[:, start:stop] += piece.linearisation.vjp(piece.form.push(U[rows, start:stop]))
         return total
+
+    def _blocks(self) -> Iterator[tuple[Batch, LinearPiece, slice]]:
+        """Every batch with its piece and its rows."""
+        expected, end = self.shape[0], 0
+        for batch, piece in self.curvature._pieces():
+            start, end = end, end + rows_of(self.curvature, piece.outputs.shape)
+            if end <= expected:
+                yield batch, piece, slice(start, end)
+        if end != expected:
+            raise ShapeError(
+                f"the batches of {self!r} gave {end:,} rows, the first of them promised {expected:,}; expected outputs "
+                "(B, C) with the same C in every batch."
+            )
 
     def _dense(self) -> Tensor:
         rows, size = self.shape
         if rows >= size:
-            return super()._dense()
-        eye = torch.eye(rows, dtype=self.dtype, device=self.device)
-        return self._rapply(eye).T
+            return by_columns(self._apply, size, 1024, self.dtype, self.device)
+        return by_columns(self._rapply, rows, 1024, self.dtype, self.device).T
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return (self.curvature,)
@@ -100,7 +106,9 @@ class Factor(LinearOperator):
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
         curvature = self.curvature._to(dtype, device)
         assert isinstance(curvature, GaussNewton)
-        return type(self)(curvature)
+        twin = type(self).__new__(type(self))
+        Factor.__init__(twin, curvature)
+        return twin
 
     def _formula(self) -> Formula:
         return Formula("leaf", f"Factor({', '.join(self.curvature._facts())})")
@@ -117,52 +125,60 @@ class Jacobian(Factor):
     `J @ v` is a forward derivative, `J.T @ u` a backward one; `J.outputs` are the outputs themselves.
     """
 
-    def __init__(
-        self, model: nn.Module | GaussNewton, data: Any = None, *, cache: Cache = "auto", **options: Unpack[Options]
-    ) -> None:
-        if not isinstance(model, GaussNewton):
-            model = UnweightedGGN.of(Objective(model, None, data, **options), cache=cache)
-        super().__init__(model)
+    def __init__(self, model: nn.Module, data: Any, *, cache: Cache = "auto", **options: Unpack[Options]) -> None:
+        super().__init__(UnweightedGGN.of(Objective(model, None, data, **options), cache=cache))
 
     @property
+    @verb
     def outputs(self) -> Tensor:
         """f of all data, `(N, C)` or `(N, T, C)`, detached; one pass of forwards unless kept."""
-        return torch.cat([piece.outputs for _, piece in self.curvature._pieces()])
+        if self.curvature.keeps:
+            return torch.cat([piece.outputs for _, piece in self.curvature._pieces()])
+        return torch.cat([f for _, f in self.curvature.objective.evaluate()])
 
     def row_blocks(self) -> Iterator[Tensor]:
-        """The rows datum by datum in chunks `(b, C, P)` that fit into an eighth of the memory budget (T·C rows for sequences)."""
+        """The rows datum by datum, in chunks `(b, C, P)` (`(b, T·C, P)`) of at most an eighth of the memory budget."""
         objective = self.curvature.objective
+        objective.refresh()
         for batch in objective.batches():
+            outputs = []
             for _, rows, f in example_rows(
                 objective.network, objective.selection, batch.x, byte_budget=objective.budget() // 8
             ):
+                outputs.append(f)
                 yield rows
-                del f
+            objective.observe(batch, torch.cat(outputs))
 
     def _formula(self) -> Formula:
         return Formula("leaf", f"Jacobian({', '.join(self.curvature._facts())})")
 
 
-def rows_of(curvature: GaussNewton, f: Tensor) -> int:
-    """Rows of function space of a batch with outputs f."""
-    return f.shape[0] * curvature._rows(tuple(f.shape[1:]))
+def rows_of(curvature: GaussNewton, outputs: tuple[int, ...]) -> int:
+    """Rows of function space of a batch with outputs of that shape."""
+    return outputs[0] * curvature._rows(tuple(outputs[1:]))
 
 
 def known_function_space_size(curvature: GaussNewton) -> int | None:
     """n as far as it is known without a forward."""
-    objective = curvature.objective
-    if "function_space_size" in curvature._cache:
-        return curvature._cache["function_space_size"]
-    # `output_size` says nothing of sequences; only a batch's own targets do, and a loader's are not read for it.
-    if objective.num_data is None or objective.num_outputs is None or not objective.is_flat:
-        return None
-    return objective.num_data * curvature._rows((objective.num_outputs,))
+    shapes = curvature.objective.record.shapes
+    if shapes is not None:
+        return sum(rows_of(curvature, shape) for shape in shapes)
+    return curvature._cache.get("function_space_size")
 
 
 def function_space_size(curvature: GaussNewton) -> int:
-    """n, by one pass of forwards where it is not known."""
+    """n; where it is not known yet by one forward of the first batch, or of all where that does not tell."""
     known = known_function_space_size(curvature)
     if known is None:
-        known = sum(rows_of(curvature, f) for _, f in curvature.objective.evaluate())
-        curvature._cache["function_space_size"] = known
+        known = curvature._cache["function_space_size"] = _counted(curvature)
     return known
+
+
+def _counted(curvature: GaussNewton) -> int:
+    objective, total = curvature.objective, 0
+    for _, f in objective.evaluate():
+        # C is the network's, so that one batch tells it; T may be another one in each batch.
+        if f.dim() == 2 and objective.num_data is not None:
+            return rows_of(curvature, (objective.num_data, *f.shape[1:]))
+        total += rows_of(curvature, f.shape)
+    return total

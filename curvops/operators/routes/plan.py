@@ -19,6 +19,7 @@ from curvops.memory import default_budget
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
+    from curvops.operators.functionspace import FunctionSpaceForm
     from curvops.operators.methods import Method
 
 MAX_DENSE = 4096
@@ -41,6 +42,21 @@ class Plan:
     reason: str
     run: Callable[..., Any]
     refused: bool = False
+
+
+def chosen_at_run(dual: FunctionSpaceForm, verb_name: str, choose: Callable[[], Plan]) -> Plan:
+    """The plan where the rows of function space take a forward pass to find: run finds them, then chooses again."""
+
+    def run(*arguments: Any) -> Any:
+        assert dual.rows >= 0  # known from now on
+        return choose().run(*arguments)
+
+    return Plan(
+        f"{dual.algorithm(verb_name)} or the route without it",
+        f"how many rows function space has is found by the first forward; it is used where they are fewer than "
+        f"P = {dual.operator.shape[0]:,}",
+        run,
+    )
 
 
 def dense_is_affordable(operator: LinearOperator) -> bool:

@@ -27,6 +27,7 @@ from curvops.operators.functionspace import function_space
 from curvops.operators.routes import function
 from curvops.operators.routes.plan import (
     Plan,
+    chosen_at_run,
     counted,
     dense_is_affordable,
     dense_reason,
@@ -54,6 +55,8 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     if closed_form:
         return _exact(A, closed_form, "closed form of the structure", lambda noise: A._inverse_root(noise(A.shape[0])))
     dual = function_space(A, must=False) if not A._holds_tensors() else None
+    if dual is not None and dual.known_rows is None:
+        return chosen_at_run(dual, "sample", lambda: plan(A, None))
     if dual is not None and dual.is_affordable() and dual.rows < A.shape[0]:
         return _exact(A, dual.algorithm("sample"), f"n = {dual.rows:,} < P = {A.shape[0]:,}", dual.sample)
     if dense_is_affordable(A):
