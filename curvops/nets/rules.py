@@ -1,0 +1,358 @@
+"""What each operation means for its parameter: the one table of layer rules.
+
+A rule turns a `Site` into a `Tap`: at which edge of the graph to take the output's derivative g, and how to read off
+it, and off what the operation saved, the terms of which the per-example gradient is the sum:
+
+    outer    Σ_t g_t a_tᵀ           Linear, matrix products, convolutions of every kind, recurrent cells, attention
+    lookup   Σ_t e_{index_t} g_tᵀ   Embedding
+    shift    Σ_t g_t                biases
+    direct   Σ_t r_t                norm layers, scales, positional parameters: r_t read off g and the input
+
+To teach the library a new operation, write a rule and enter it in `RULES` under the name that the graph gives the
+operation (`f.grad_fn.name()`). A site without a rule sends its parameter to the exact fallback of `capture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvops.nets.layers import Placement, Site, shape_at
+
+Kind = Literal["outer", "lookup", "shift", "direct"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """How to read one site. Rows R hold the examples and, where a layer folds them in, positions; T are positions.
+
+    Attributes:
+        kind: See the module's docstring.
+        edge: Where to take g.
+        rows: R.
+        cotangent: `(K, *shape at edge)` → outer `(K, R, T, G, O)`, lookup and shift `(K, R, T, O)`, direct `(K, R, p)`.
+        value: The input, outer `(R, T, G, I)`, lookup `(R, T)` indices; None otherwise.
+        flipped: outer: the parameter is `(G, I, O)` rather than `(G, O, I)`.
+        size: lookup: rows of the table.
+    """
+
+    kind: Kind
+    edge: GradientEdge
+    rows: int
+    cotangent: Callable[[Tensor], Tensor]
+    value: Callable[[], Tensor] | None = None
+    flipped: bool = False
+    size: int = 0
+
+
+Rule = Callable[[Site, Placement, torch.Size], Tap | None]
+"""Site, where its operand lies in the parameter, the parameter's shape → how to read it; None where unsure."""
+
+
+def tap(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """The site read by the rule of its operation; None where there is no rule, or it does not apply."""
+    rule = RULES.get(site.name)
+    return None if rule is None else rule(site, place, shape)
+
+
+# ---- matrix products ------------------------------------------------------------------------------------------------
+
+
+def _addmm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """alpha · mat1 @ mat2 + beta · self."""
+    node = site.node
+    if site.slot == 0:
+        return None if node._saved_beta != 1 else _broadcast_sum(site, place, shape)
+    if node._saved_alpha != 1:
+        return None
+    return _product(site, place, shape, node._saved_mat1 if site.slot == 2 else node._saved_mat2, site.slot == 2)
+
+
+def _mm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """self @ mat2, matrices or stacks of one matrix."""
+    node = site.node
+    other = node._saved_self if site.slot == 1 else node._saved_mat2
+    if other.ndim == 3:
+        if other.shape[0] != 1:
+            return None
+        other = other[0]
+    return _product(site, place, shape, other, site.slot == 1)
+
+
+def _linear(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """The fused operation of some backends: weight `(out, in)` at slot 1, bias at slot 2."""
+    if site.slot == 2:
+        return _broadcast_sum(site, place, shape)
+    if site.slot != 1 or not place.whole:
+        return None
+    return _outer(site, site.node._saved_input.flatten(0, -2), lambda g: g.flatten(1, -2), flipped=False)
+
+
+def _product(site: Site, place: Placement, shape: torch.Size, other: Tensor, right: bool) -> Tap | None:
+    """X @ W (`right`) or W @ X, the operand W being the parameter, its transpose, or some of its rows."""
+    *ones, m, n = site.operand_shape
+    inner, outer = (m, n) if right else (n, m)
+    X = other if right else other.T  # (R, inner)
+
+    def columns_last(g: Tensor) -> Tensor:  # (K, [1,] R, outer)
+        g = g.reshape(g.shape[0], *g.shape[-2:])
+        return g if right else g.transpose(1, 2)
+
+    if len(shape) < 2 or any(one != 1 for one in ones):
+        return None
+    rows = place.labels.reshape(shape[0], -1)
+    used = (rows != 0).any(1)
+    part = rows[used] - 1
+    grid = torch.arange(inner * outer, device=rows.device).reshape(m, n)
+    grid = grid if right else grid.T  # entry (i, o) of the map from inner to outer
+    where = None if bool(used.all()) else used.nonzero()[:, 0]
+    if part.shape == (outer, inner) and torch.equal(part, grid.T):
+        return _outer(site, X, lambda g: _spread(columns_last(g), where, shape[0]), flipped=False)
+    if part.shape == (inner, outer) and torch.equal(part, grid):
+        return _outer(site, _spread(X, where, shape[0]), columns_last, flipped=True)
+    return None
+
+
+def _outer(site: Site, X: Tensor, columns_last: Callable[[Tensor], Tensor], *, flipped: bool) -> Tap:
+    """X `(R, I)`, and g brought to `(K, R, O)`."""
+    return Tap(
+        "outer",
+        GradientEdge(site.node, 0),
+        X.shape[0],
+        lambda g: columns_last(g)[:, :, None, None],
+        lambda: X[:, None, None],
+        flipped=flipped,
+    )
+
+
+def _spread(t: Tensor, where: Tensor | None, size: int) -> Tensor:
+    """The last axis put at the places `where` of one of length `size`, zero elsewhere."""
+    if where is None:
+        return t
+    return t.new_zeros(*t.shape[:-1], size).index_copy(-1, where, t)
+
+
+# ---- convolutions -----------------------------------------------------------------------------------------------
+
+
+def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """Every convolution: 1 to 3 dimensions, strided, padded, dilated, grouped; its input comes already padded if "same"
+    or circular. Positions are those of the output; of the input for a transposed convolution, whose roles are swapped.
+    """
+    node = site.node
+    if not place.whole:
+        return None
+    edge, x = GradientEdge(node, 0), node._saved_input
+    if site.slot == 2:
+        return Tap("shift", edge, x.shape[0], lambda g: g.flatten(3).transpose(2, 3))
+    if site.slot != 1:
+        return None
+    G = node._saved_groups
+    window = _Window(shape[2:], node._saved_stride, node._saved_padding, node._saved_dilation)
+
+    def plain(t: Tensor) -> Tensor:  # (…, channels, *space) → (…, T, G, channels / G)
+        return t.flatten(t.ndim - len(shape) + 2).transpose(-1, -2).unflatten(-1, (G, -1))
+
+    if node._saved_transposed:
+        patches = lambda g: window(g.flatten(0, 1), G, x.shape[2:]).unflatten(0, g.shape[:2])  # noqa: E731
+        return Tap("outer", edge, x.shape[0], patches, lambda: plain(x), flipped=True)
+    space = shape_at(edge)[2:]
+    return Tap("outer", edge, x.shape[0], plain, lambda: window(x, G, space))
+
+
+class _Window:
+    """The patches of a convolution: `(N, channels, *space)` → `(N, T, G, channels / G · kernel)`."""
+
+    def __init__(
+        self, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> None:
+        self.kernel, self.stride, self.padding, self.dilation = kernel, stride, padding, dilation
+
+    def __call__(self, x: Tensor, groups: int, out: Sequence[int]) -> Tensor:
+        d = len(self.kernel)
+        # Saved arguments of 1-d convolutions may be expanded to two dimensions; the last ones count.
+        stride, padding, dilation = (list(s)[-d:] for s in (self.stride, self.padding, self.dilation))
+        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+        for axis in range(d):
+            reach = (self.kernel[axis] - 1) * dilation[axis] + 1
+            x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+        # Now (N, channels, *positions, *kernel); a ragged end may leave positions that the convolution drops.
+        for axis in range(d):
+            x = x.narrow(2 + axis, 0, out[axis])
+        x = x.unflatten(1, (groups, -1)).movedim((1, 2), (1 + d, 2 + d))
+        return x.flatten(2 + d).flatten(1, d)
+
+
+# ---- lookups ----------------------------------------------------------------------------------------------------
+
+
+def _embedding(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """Rows of a table; the padding row has gradient zero, as autograd has it."""
+    node = site.node
+    if not place.whole or node._saved_scale_grad_by_freq:
+        return None
+    index, padding = node._saved_indices, _signed(node._saved_padding_idx)
+
+    def cotangent(g: Tensor) -> Tensor:
+        g = g.reshape(g.shape[0], -1, 1, shape[1])
+        return g if padding < 0 else g * (index.reshape(-1, 1, 1) != padding)
+
+    return Tap(
+        "lookup",
+        GradientEdge(node, 0),
+        index.numel(),
+        cotangent,
+        lambda: index.reshape(-1, 1),
+        flipped=True,
+        size=shape[0],
+    )
+
+
+def _signed(n: int) -> int:
+    """Saved negative integers come back as unsigned 64-bit ones."""
+    return n - 2**64 if n >= 2**63 else n
+
+
+# ---- norms ------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    node = site.node
+    if not place.whole:
+        return None
+    p = shape.numel()
+    x = node._saved_input
+    rows = x.numel() // p
+
+    def cotangent(g: Tensor) -> Tensor:
+        g = g.reshape(g.shape[0], rows, p)
+        if site.slot == 2:
+            return g
+        return g * ((x.reshape(rows, p) - node._saved_result1.reshape(rows, 1)) * node._saved_result2.reshape(rows, 1))
+
+    return Tap("direct", GradientEdge(node, 0), rows, cotangent)
+
+
+def _group_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    node = site.node
+    if not place.whole:
+        return None
+    x = node._saved_input
+    N, C, groups = x.shape[0], x.shape[1], node._saved_group
+
+    def cotangent(g: Tensor) -> Tensor:
+        g = g.reshape(g.shape[0], N, C, -1)
+        if site.slot == 2:
+            return g.sum(-1)
+        mean, rstd = (t.reshape(N, groups, 1) for t in (node._saved_result1, node._saved_result2))
+        normal = ((x.reshape(N, groups, -1) - mean) * rstd).reshape(N, C, -1)
+        return torch.einsum("kncs,ncs->knc", g, normal)
+
+    return Tap("direct", GradientEdge(node, 0), N, cotangent)
+
+
+def _batch_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """By running statistics only; InstanceNorm, which normalises by its own, arrives here with repeated parameters."""
+    node = site.node
+    if not place.whole or node._saved_training:
+        return None
+    x, eps = node._saved_input, getattr(node, "_saved_eps", None) or node._saved_epsilon
+    N, C = x.shape[:2]
+
+    def cotangent(g: Tensor) -> Tensor:
+        g = g.reshape(g.shape[0], N, C, -1)
+        if site.slot == 2:
+            return g.sum(-1)
+        normal = (x.reshape(N, C, -1) - node._saved_running_mean[:, None]) * (
+            node._saved_running_var[:, None] + eps
+        ).rsqrt()
+        return torch.einsum("kncs,ncs->knc", g, normal)
+
+    return Tap("direct", GradientEdge(node, 0), N, cotangent)
+
+
+# ---- sums, scales and copies ------------------------------------------------------------------------------------
+
+
+def _add(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """self + alpha · other."""
+    return None if site.slot == 1 and site.node._saved_alpha != 1 else _broadcast_sum(site, place, shape)
+
+
+def _mul(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    other = site.node._saved_other if site.slot == 0 else site.node._saved_self
+    return _broadcast_sum(site, place, shape, other)
+
+
+def _expand(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    return _broadcast_sum(site, place, shape)
+
+
+def _repeat(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """Along axes of length 1 the same as an expansion; else a vector laid down several times in a row."""
+    operand = (1,) * (len(shape_at(GradientEdge(site.node, 0))) - len(site.operand_shape)) + tuple(site.operand_shape)
+    if all(n == 1 or times == 1 for n, times in zip(operand, site.node._saved_repeats, strict=True)):
+        return _broadcast_sum(site, place, shape)
+    if len(site.operand_shape) != 1 or not place.whole:
+        return None
+    p = shape.numel()
+    edge = GradientEdge(site.node, 0)
+    return Tap("direct", edge, shape_at(edge).numel() // p, lambda g: g.reshape(g.shape[0], -1, p))
+
+
+def _broadcast_sum(site: Site, place: Placement, shape: torch.Size, factor: Tensor | None = None) -> Tap | None:
+    """A parameter broadcast to the output and added to it, or multiplied with `factor`.
+
+    Added along the last axis it is a bias; otherwise its leading axes of length 1 are where the examples are.
+    """
+    edge = GradientEdge(site.node, 0)
+    full = shape_at(edge)
+    operand = (1,) * (len(full) - len(site.operand_shape)) + tuple(site.operand_shape)
+    source = (place.labels - 1).clamp(min=0)
+    unused = place.labels == 0
+
+    def placed(e: Tensor) -> Tensor:  # (…, operand's entries) → (…, p)
+        return e if place.whole else e[..., source] * ~unused
+
+    if factor is None and len(full) > 1 and operand == (*(1,) * (len(full) - 1), full[-1]):
+        rows = full[:-1].numel()
+        return Tap("shift", edge, rows, lambda g: placed(g.reshape(g.shape[0], rows, 1, full[-1])))
+    lead = next((i for i, n in enumerate(operand) if n != 1), len(full))
+    if lead == 0:
+        return None
+    rows = full[:lead].numel()
+
+    def cotangent(g: Tensor) -> Tensor:
+        g = (g if factor is None else g * factor).flatten(1, lead)
+        for axis in range(lead, len(full)):
+            if operand[axis] == 1:
+                g = g.sum(2 + axis - lead, keepdim=True)
+        return placed(g.reshape(g.shape[0], rows, -1))
+
+    return Tap("direct", edge, rows, cotangent)
+
+
+RULES: dict[str, Rule] = {
+    "AddmmBackward0": _addmm,
+    "MmBackward0": _mm,
+    "BmmBackward0": _mm,
+    "LinearBackward0": _linear,
+    "ConvolutionBackward0": _convolution,
+    "EmbeddingBackward0": _embedding,
+    "NativeLayerNormBackward0": _layer_norm,
+    "NativeGroupNormBackward0": _group_norm,
+    "NativeBatchNormBackward0": _batch_norm,
+    "CudnnBatchNormBackward0": _batch_norm,
+    "MiopenBatchNormBackward0": _batch_norm,
+    "AddBackward0": _add,
+    "MulBackward0": _mul,
+    "ExpandBackward0": _expand,
+    "RepeatBackward0": _repeat,
+}
+"""Operation → rule."""
