@@ -1,0 +1,360 @@
+"""One batch seen layer by layer: inputs a and output derivatives g at every place where a parameter is used.
+
+    layers = Layers(network, selection)           # once; works out, on a few examples, which rows are whose
+    batch = layers.capture(x, size)               # one forward
+    factors = batch.factors(U)                    # one batched backward, U (*f.shape, K)
+
+`factors[i]` holds the per-example gradients of parameter i along the K cotangents without forming them. No hook is
+set: what the operations saved is read off the autograd graph, and g is asked for at the graph's edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvops.errors import UnsupportedError
+from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
+from curvops.nets.forward import Inputs, Network, take
+from curvops.nets.graph import graph_bytes
+from curvops.nets.jacobians import close, example_rows
+from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.products import _Kept
+from curvops.nets.rules import Tap, tap
+
+Layout = Literal["batch first", "batch last", "shared"]
+"""How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+_WITNESSES = 3
+"""Examples on which the rows' ownership is established."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A tap with the layout of its rows."""
+
+    tap: Tap
+    layout: Layout
+    # shared: brings g at the tap's edge, where examples are apart, back to the operation's own output, per example
+    back: Callable[[Tensor, int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was learned on the witnesses: per parameter the layout of each site, or None for the exact fallback."""
+
+    layouts: list[list[Layout] | None]
+    signature: list[list[tuple[str, int, float]]]
+    bytes_per_example: int
+
+
+class Layers:
+    """The layers of a network, as far as the selected parameters are concerned.
+
+    Args:
+        network: The network.
+        selection: The parameters. Flat indices are not looked at: factors are those of whole parameters.
+        byte_budget: Working memory of the fallback's chunks.
+    """
+
+    def __init__(self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28) -> None:
+        self.network, self.selection, self.byte_budget = network, selection, byte_budget
+        self._plan: _Plan | None = None
+        self._witnessed: Tensor | None = None
+
+    @property
+    def bytes_per_example(self) -> int:
+        """Bytes that the kept graph takes per example; 0 before anything was learned."""
+        return 0 if self._plan is None else self._plan.bytes_per_example
+
+    def learn(self, x: Inputs, size: int) -> None:
+        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing the second time."""
+        if self._plan is None:
+            self._plan = self._learned(x, size)
+
+    def capture(self, x: Inputs, size: int) -> Capture:
+        """One forward over a batch of `size`, ready to be asked for factors.
+
+        Raises:
+            UnsupportedError: An example's outputs depend on the other examples.
+        """
+        self.learn(x, size)
+        assert self._plan is not None
+        batch = Capture(self, x)
+        if self._witnessed is not None:
+            _require_independent(self._witnessed, batch.outputs[: len(self._witnessed)])
+            self._witnessed = None
+        batch.read(self._plan, size)
+        return batch
+
+    def _learned(self, x: Inputs, size: int) -> _Plan:
+        count = min(size, _WITNESSES)
+        while True:
+            few = Capture(self, take(x, 0, count, size))
+            layouts, sure = few.layouts()
+            if sure or count == size:
+                break
+            count = min(size, 4 * count)
+        if size > 1:
+            alone = self.network(take(x, 0, 1, size), self.selection.tensors)
+            _require_independent(alone.detach(), few.outputs[:1])
+        # The first batch starts with the witnesses: there they are compared once more, in all its company.
+        self._witnessed = few.outputs
+        return _Plan(layouts, few.signature(), few.graph_bytes // count)
+
+
+class Capture(_Kept):
+    """The graph of one batch, and where to read the factors of its layers.
+
+    Attributes:
+        outputs: f, detached.
+        fallback: Positions of the parameters that no rule covers.
+        unused: Positions of the parameters that the outputs do not depend on.
+    """
+
+    def __init__(self, layers: Layers, x: Inputs) -> None:
+        super().__init__(layers.network, layers.selection, "double_backward")
+        self._layers, self._x = layers, x
+        self._f = layers.network(x, self.selection.tensors)
+        self.outputs: Tensor = self._f.detach()
+        self._users = graph_users(self._f)
+        self._sites = find_sites(self._users, self.selection.tensors)
+        self._taps = [[self._tap(site) for site in sites] for sites in self._sites]
+        self._readings: list[list[_Reading] | None] = []
+        self._values: dict[tuple[int, int], Tensor] = {}
+        self.fallback: list[int] = []
+        self.unused = [i for i, sites in enumerate(self._sites) if not sites]
+
+    # ---- what is asked ------------------------------------------------------------------------------------------
+
+    def factors(self, U: Float[Tensor, "*f K"]) -> list[Factors | None]:
+        """Per-example gradients along K cotangents, factored, one entry per parameter; None where they are zero.
+
+        Args:
+            U: `(*f.shape, K)`: row n of column k is the k-th cotangent of example n.
+
+        Cost: the backward of K columns through the activations; no gradient of a parameter is formed, except in the
+        fallback, which pulls back every example's cotangents through the whole network.
+        """
+        self._check(U, tuple(self.outputs.shape), "factors")
+        B = self.outputs.shape[0]
+        edges: dict[tuple[Any, int], GradientEdge] = {}
+        for readings in self._readings:
+            for r in readings or ():
+                edges.setdefault((r.tap.edge.node, r.tap.edge.output_nr), r.tap.edge)
+        grads: dict[tuple[Any, int], Tensor | None] = {}
+        if edges:
+            found = self._grad([self._f], list(edges.values()), [U.movedim(-1, 0)])  # type: ignore[list-item]
+            grads = dict(zip(edges, found, strict=True))
+        result: list[Factors | None] = []
+        for i, readings in enumerate(self._readings):
+            parts: list[Part] = []
+            for j, r in enumerate(readings or ()):
+                g = grads[r.tap.edge.node, r.tap.edge.output_nr]
+                if g is not None:
+                    parts.append(self._part((i, j), r, g.detach(), B))
+            result.append(Factors(self.selection.sizes[i], parts) if parts else None)
+        if self.fallback:
+            for i, rows in zip(self.fallback, self._rows(U), strict=True):
+                result[i] = Factors(self.selection.sizes[i], [Direct(rows)])
+        return result
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graph holds beyond parameters and buffers."""
+        return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
+
+    def release(self) -> None:
+        """Drop the graph; the outputs stay."""
+        self._released = True
+        self._f = self.outputs
+        self._users, self._sites, self._taps, self._readings, self._values = {}, [], [], [], {}
+
+    # ---- which rows are whose -----------------------------------------------------------------------------------
+
+    def signature(self) -> list[list[tuple[str, int, float]]]:
+        """Per parameter and site: the operation, the operand's slot, rows per example."""
+        B = self.outputs.shape[0]
+        return [
+            [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
+            for sites, taps in zip(self._sites, self._taps, strict=True)
+        ]
+
+    def read(self, plan: _Plan, size: int) -> None:
+        """Decide how each site is read; a parameter whose sites differ from what was learned goes to the fallback."""
+        self.fallback, self._readings = [], []
+        mine = self.signature()
+        for i, layouts in enumerate(plan.layouts):
+            readings: list[_Reading] | None = [] if layouts is not None and len(layouts) == len(mine[i]) else None
+            for j, layout in enumerate(layouts or ()):
+                if readings is None:
+                    break
+                t = self._taps[i][j]
+                name, slot, per_example = plan.signature[i][j]
+                same = mine[i][j][:2] == (name, slot)
+                if layout == "shared":
+                    reading = None if t is None or not same else self._shared(self._sites[i][j], t, size)
+                else:
+                    fits = t is not None and same and t.rows == per_example * size
+                    reading = _Reading(t, layout) if t is not None and fits else None
+                readings = None if reading is None else [*readings, reading]
+            if readings is None:
+                self.fallback.append(i)
+            self._readings.append(readings)
+
+    def layouts(self) -> tuple[list[list[Layout] | None], bool]:
+        """Layouts found by sending a random cotangent through one example at a time; and whether all are certain."""
+        B = self.outputs.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
+        U = torch.zeros(*self.outputs.shape, B, dtype=self.outputs.dtype, device=self.outputs.device)
+        for n in range(B):
+            U[n, ..., n] = draw[n].to(U)
+        sure = True
+        found: list[list[Layout] | None] = []
+        for sites, taps in zip(self._sites, self._taps, strict=True):
+            layouts: list[Layout] | None = []
+            for site, t in zip(sites, taps, strict=True):
+                layout, certain = (None, True) if t is None else self._layout(site, t, U)
+                sure = sure and certain
+                layouts = None if layout is None or layouts is None else [*layouts, layout]
+            found.append(layouts)
+        return found, sure
+
+    def _layout(self, site: Site, t: Tap, U: Tensor) -> tuple[Layout | None, bool]:
+        B = U.shape[-1]
+        if t.rows % B == 0:
+            g = self._at(t.edge, U)
+            if g is None:
+                return "batch first", False
+            reach = t.cotangent(g).reshape(B, t.rows, -1).ne(0).any(-1)
+            owner = torch.arange(t.rows, device=g.device)
+            column = torch.arange(B, device=g.device)[:, None]
+            first = not bool((reach & (owner // (t.rows // B) != column)).any())
+            last = not bool((reach & (owner % B != column)).any())
+            if first or last:
+                return "batch first" if first else "batch last", first != last or t.rows == B or B == 1
+        shared = self._shared(site, t, B)
+        if shared is None:
+            return None, True
+        g = self._at(shared.tap.edge, U)
+        apart = g is not None and not bool(g.flatten(2).ne(0).any(-1)[~torch.eye(B, dtype=torch.bool)].any())
+        return ("shared", True) if apart else (None, True)
+
+    def _shared(self, site: Site, t: Tap, size: int) -> _Reading | None:
+        """The reading of rows that all examples share, at the sum where they meet the examples.
+
+        Positional lookups and projections of constants have no batch axis; it comes in where their result is broadcast
+        to it. There g is apart for each example.
+        """
+        node, number = site.node, 0
+        while True:
+            users = self._users[node]
+            if len(users) != 1:
+                return None
+            user, slot, number = users[0]
+            if user.name() not in ("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "AliasBackward0"):
+                break
+            node = user
+        if user.name() != "AddBackward0" or (slot == 1 and user._saved_alpha != 1):
+            return None
+        edge, operand = GradientEdge(user, 0), GradientEdge(node, number)
+        full, own = shape_at(edge), shape_at(operand)
+        aligned = (1,) * (len(full) - len(own)) + tuple(own)
+        if len(full) < 2 or full[0] != size or aligned[0] != 1:
+            return None
+
+        def back(g: Tensor, K: int) -> Tensor:  # (K, B, …) → (K · B, *shape of the operation's output)
+            g = g.reshape(K * size, 1, *full[1:])
+            for axis, n in enumerate(aligned):
+                if n == 1 and axis > 0:
+                    g = g.sum(1 + axis, keepdim=True)
+            g = g.reshape(K * size, *own)
+            if node is site.node:
+                return g
+            (result,) = self._grad([operand], [GradientEdge(site.node, 0)], [g])  # type: ignore[list-item]
+            assert result is not None
+            return result
+
+        return _Reading(replace(t, edge=edge), "shared", back)
+
+    def _at(self, edge: GradientEdge, U: Tensor) -> Tensor | None:
+        (g,) = self._grad([self._f], [edge], [U.movedim(-1, 0)])  # type: ignore[list-item]
+        return g
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def _tap(self, site: Site) -> Tap | None:
+        tensor = self.selection.tensors[site.parameter]
+
+        def read() -> Tap | None:
+            place = placement(site, tensor)
+            return None if place is None else tap(site, place, tensor.shape)
+
+        return self._guarded(read)
+
+    def _part(self, key: tuple[int, int], r: _Reading, g: Tensor, B: int) -> Part:
+        K, t = g.shape[0], r.tap
+        with torch.no_grad():
+            if r.back is None:
+                cotangent = self._split(t.cotangent(g), 1, r.layout, B)
+            else:
+                cotangent = t.cotangent(r.back(g, K)).unflatten(0, (K, B))
+            cotangent = _merge_positions(cotangent, t.kind)
+            value = self._value(key, r, B)
+        if t.kind == "outer":
+            assert value is not None
+            return Outer(value, cotangent, t.flipped)
+        if t.kind == "lookup":
+            assert value is not None
+            return Lookup(value, cotangent, t.size)
+        return Shift(cotangent) if t.kind == "shift" else Direct(cotangent)
+
+    def _value(self, key: tuple[int, int], r: _Reading, B: int) -> Tensor | None:
+        """The site's input with examples first, kept for further cotangents."""
+        t = r.tap
+        if t.value is None:
+            return None
+        if key not in self._values:
+            value = self._guarded(t.value).detach()
+            value = value.expand(B, *value.shape) if r.layout == "shared" else self._split(value, 0, r.layout, B)
+            self._values[key] = value.flatten(1, 2)
+        return self._values[key]
+
+    @staticmethod
+    def _split(t: Tensor, axis: int, layout: Layout, B: int) -> Tensor:
+        """The axis of rows as `(B, positions)`."""
+        if layout == "batch last":
+            return t.unflatten(axis, (-1, B)).transpose(axis, axis + 1)
+        return t.unflatten(axis, (B, -1))
+
+    def _rows(self, U: Tensor) -> list[Tensor]:
+        """`(K, B, p)` per-example gradients of each parameter without a rule, by the exact roads of `jacobians`."""
+        names = [self.selection.names[i] for i in self.fallback]
+        some = ParameterSelection(self._network.module, names)
+        cotangents = U.movedim(-1, 1)
+        budget = self._layers.byte_budget
+        chunks = example_rows(self._network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
+        rows = torch.cat([r for _, r, _ in chunks]).transpose(0, 1)
+        return list(rows.split(list(some.sizes), dim=-1))
+
+
+def _merge_positions(cotangent: Tensor, kind: str) -> Tensor:
+    """`(K, B, positions in the rows, …)` with the rows' positions joined to the operation's own, or summed."""
+    return cotangent.sum(2) if kind == "direct" else cotangent.flatten(2, 3)
+
+
+def _require_independent(few: Tensor, of_whole: Tensor) -> None:
+    if not close(few, of_whole):
+        raise UnsupportedError(
+            "an example's outputs depend on the other examples of its batch (the same example alone gives other "
+            "outputs), so that per-example derivatives do not exist: look for statistics over the batch axis, and take "
+            "the matrix-free operators (GGN, Hessian), which differentiate the batch as a whole"
+        )

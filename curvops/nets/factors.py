@@ -1,0 +1,281 @@
+"""Per-example gradients of one parameter along K cotangents, in factors, and what can be had without multiplying out.
+
+A parameter's gradient for example n and cotangent k is a sum over its parts (its uses) and over positions t:
+
+    Outer    G_kn = Σ_t g_knt a_ntᵀ        Lookup   G_kn = Σ_t e_{i_nt} g_kntᵀ
+    Shift    G_kn = Σ_t g_knt              Direct   G_kn itself
+
+Letters: K cotangents, B examples, T positions, G groups, I and O inputs and outputs per group, p entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+CHUNK = 2**22
+"""Entries of a temporary that holds per-example gradients."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """`a` (B, T, G, I), `g` (K, B, T, G, O); the parameter is `(G, O, I)`, or `(G, I, O)` where flipped."""
+
+    a: Float[Tensor, "B T G I"]
+    g: Float[Tensor, "K B T G O"]
+    flipped: bool = False
+
+    @property
+    def positions(self) -> int:
+        return self.a.shape[1]
+
+    def examples(self, rows: slice) -> Outer:
+        return Outer(self.a[rows], self.g[:, rows], self.flipped)
+
+    def multiplied_out(self) -> Float[Tensor, "K B p"]:
+        left, right = (self.a.unsqueeze(0), self.g) if self.flipped else (self.g, self.a.unsqueeze(0))
+        left, right = left.movedim(2, -1), right.movedim(2, -2)  # (·, B, G, X, T), (·, B, G, T, Y)
+        return (left @ right).flatten(2)
+
+    def squares(self) -> Float[Tensor, " p"]:
+        if self.positions == 1:
+            g, a = self.g[:, :, 0].square().sum(0), self.a[:, 0].square()
+            left, right = (a, g) if self.flipped else (g, a)
+            return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).reshape(-1)
+        return _chunked_squares(self, self.g.shape[0] * self.a[0, 0].numel() * self.g.shape[-1])
+
+    def rotated(self, Qa: Tensor, Qg: Tensor) -> Outer:
+        """In the bases `Qa` (G, I, I) and `Qg` (G, O, O): a ↦ Qaᵀ a, g ↦ Qgᵀ g."""
+        return Outer(
+            torch.einsum("btgi,gij->btgj", self.a, Qa), torch.einsum("kbtgo,goj->kbtgj", self.g, Qg), self.flipped
+        )
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """`index` (B, T) into `size` rows, `g` (K, B, T, O); the parameter is `(size, O)`."""
+
+    index: Int64[Tensor, "B T"]
+    g: Float[Tensor, "K B T O"]
+    size: int
+
+    @property
+    def positions(self) -> int:
+        return self.index.shape[1]
+
+    def examples(self, rows: slice) -> Lookup:
+        return Lookup(self.index[rows], self.g[:, rows], self.size)
+
+    def multiplied_out(self) -> Float[Tensor, "K B p"]:
+        K, B, T, O = self.g.shape
+        slot = (torch.arange(B, device=self.index.device)[:, None] * self.size + self.index).reshape(-1)
+        table = self.g.new_zeros(K, B * self.size, O).index_add_(1, slot, self.g.reshape(K, B * T, O))
+        return table.reshape(K, B, self.size * O)
+
+    def squares(self) -> Float[Tensor, " p"]:
+        rows, g = self.occupied()
+        table = g.new_zeros(self.size, g.shape[-1])
+        return table.index_add_(0, rows, g.square().sum(0)).reshape(-1)
+
+    def occupied(self) -> tuple[Int64[Tensor, " U"], Float[Tensor, "K U O"]]:
+        """The table row of each pair (example, row looked up), and its gradient: all that is not zero."""
+        K, B, T, O = self.g.shape
+        slot = (torch.arange(B, device=self.index.device)[:, None] * self.size + self.index).reshape(-1)
+        pairs, where = slot.unique(return_inverse=True)
+        summed = self.g.new_zeros(K, len(pairs), O).index_add_(1, where, self.g.reshape(K, B * T, O))
+        return pairs % self.size, summed
+
+
+@dataclass(frozen=True)
+class Shift:
+    """`g` (K, B, T, O); the parameter is `(O,)`."""
+
+    g: Float[Tensor, "K B T O"]
+
+    @property
+    def positions(self) -> int:
+        return self.g.shape[2]
+
+    def examples(self, rows: slice) -> Shift:
+        return Shift(self.g[:, rows])
+
+    def multiplied_out(self) -> Float[Tensor, "K B p"]:
+        return self.g.sum(2)
+
+    def squares(self) -> Float[Tensor, " p"]:
+        return self.multiplied_out().square().sum((0, 1))
+
+
+@dataclass(frozen=True)
+class Direct:
+    """`rows` (K, B, p): the gradients themselves."""
+
+    rows: Float[Tensor, "K B p"]
+
+    @property
+    def positions(self) -> int:
+        return 1
+
+    def examples(self, rows: slice) -> Direct:
+        return Direct(self.rows[:, rows])
+
+    def multiplied_out(self) -> Float[Tensor, "K B p"]:
+        return self.rows
+
+    def squares(self) -> Float[Tensor, " p"]:
+        return self.rows.square().sum((0, 1))
+
+
+Part = Outer | Lookup | Shift | Direct
+
+
+class Factors:
+    """The parts of one parameter over one batch.
+
+    Args:
+        size: p, entries of the parameter.
+        parts: Its uses; those of one kind and shape are joined, each use's positions being further positions.
+    """
+
+    def __init__(self, size: int, parts: list[Part]) -> None:
+        self.size = size
+        self.parts = _joined(parts)
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        part = self.parts[0]
+        return part.rows.shape[0] if isinstance(part, Direct) else part.g.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        part = self.parts[0]
+        return part.rows.shape[1] if isinstance(part, Direct) else part.g.shape[1]
+
+    def per_example(self) -> Float[Tensor, "K B p"]:
+        """The per-example gradients. O(K·B·p) memory, O(K·B·T·p) operations."""
+        total = self.parts[0].multiplied_out()
+        for part in self.parts[1:]:
+            total = total + part.multiplied_out()
+        return total
+
+    def squares(self) -> Float[Tensor, " p"]:
+        """Σ_kn G_kn², entry by entry: the diagonal of Σ_kn vec(G) vec(G)ᵀ.
+
+        O(B·p) operations without weight sharing, O(K·B·T·p) with it, in chunks; O(K·B·T·O) memory beside them.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0].squares()
+        return _chunked_squares(self, self.columns * self.size)
+
+    def examples(self, rows: slice) -> Factors:
+        """The factors of some of the examples."""
+        return Factors(self.size, [part.examples(rows) for part in self.parts])
+
+    def multiplied_out(self) -> Float[Tensor, "K B p"]:
+        return self.per_example()
+
+    @property
+    def single(self) -> Outer | Shift | None:
+        """The one part of a parameter without weight sharing, positions or groups; None otherwise."""
+        if len(self.parts) != 1:
+            return None
+        part = self.parts[0]
+        if isinstance(part, Outer):
+            return part if part.positions == 1 and part.a.shape[2] == 1 else None
+        return part if isinstance(part, Shift) and part.positions == 1 else None
+
+
+def block(left: Factors, right: Factors) -> Float[Tensor, "p q"]:
+    """Σ_kn vec(G_kn) vec(H_kn)ᵀ, the block of two parameters.
+
+    Without weight sharing 2·B·p·q operations, whatever K: with M_n = Σ_k g_kn h_knᵀ the entry for outputs (o, o') and
+    inputs (i, i') is Σ_n M_n[o, o'] a_n[i] b_n[i'], one product of an (O O') x B and a B x (I I') matrix. Otherwise
+    2·K·B·p·q by the multiplied-out gradients.
+    """
+    a, b = left.single, right.single
+    if a is not None and b is not None and left.columns > 1:
+        return _single_block(a, b)
+    total = None
+    for rows in _slices(left.batch, left.columns * (left.size + right.size)):
+        G = left.examples(rows).per_example().flatten(0, 1)
+        H = G if right is left else right.examples(rows).per_example().flatten(0, 1)
+        total = G.T @ H if total is None else total.addmm_(G.T, H)
+    assert total is not None
+    return total
+
+
+def gram(left: Factors, right: Factors) -> Float[Tensor, "K B L D"]:
+    """⟨G_kn, H_lm⟩ for the K·B gradients of one batch and the L·D of another of the same parameter.
+
+    Without weight sharing the elementwise product of the inputs' and the output derivatives' inner products: O(BD(I +
+    KLO)) operations; otherwise O(KBLD·p).
+    """
+    a, b = left.single, right.single
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        inputs = a.a.flatten(1) @ b.a.flatten(1).T
+        derivatives = torch.tensordot(a.g.flatten(2), b.g.flatten(2), dims=([2], [2]))  # type: ignore[arg-type]
+        return derivatives.mul_(inputs[None, :, None, :])
+    G = left.per_example()
+    H = G if right is left else right.per_example()
+    return torch.tensordot(G, H, dims=([2], [2]))  # type: ignore[arg-type]
+
+
+def _single_block(a: Outer | Shift, b: Outer | Shift) -> Tensor:
+    g, h = a.g.flatten(2), b.g.flatten(2)  # (K, B, O), (K, B, O')
+    M = torch.bmm(g.permute(1, 2, 0), h.transpose(0, 1))  # (B, O, O')
+    ones = g.new_ones(g.shape[1], 1)
+    x = a.a.flatten(1) if isinstance(a, Outer) else ones
+    y = b.a.flatten(1) if isinstance(b, Outer) else ones
+    inputs = x.unsqueeze(2) * y.unsqueeze(1)  # (B, I, I')
+    entries = (M.flatten(1).T @ inputs.flatten(1)).reshape(*M.shape[1:], *inputs.shape[1:])  # (O, O', I, I')
+    rows = (2, 0) if isinstance(a, Outer) and a.flipped else (0, 2)
+    columns = (3, 1) if isinstance(b, Outer) and b.flipped else (1, 3)
+    return entries.permute(*rows, *columns).reshape(g.shape[-1] * x.shape[1], h.shape[-1] * y.shape[1])
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    groups: dict[object, list[Part]] = {}
+    for part in parts:
+        if isinstance(part, Outer):
+            key: object = (Outer, part.a.shape[2:], part.g.shape[3:], part.flipped)
+        elif isinstance(part, Direct):
+            key = Direct
+        else:
+            key = (type(part), part.g.shape[3:])
+        groups.setdefault(key, []).append(part)
+    return [_join(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _join(parts: list[Part]) -> Part:
+    first = parts[0]
+    if isinstance(first, Direct):
+        return Direct(torch.stack([part.rows for part in parts if isinstance(part, Direct)]).sum(0))
+    g = torch.cat([part.g for part in parts if not isinstance(part, Direct)], 2)
+    if isinstance(first, Outer):
+        return Outer(torch.cat([part.a for part in parts if isinstance(part, Outer)], 1), g, first.flipped)
+    if isinstance(first, Lookup):
+        return Lookup(torch.cat([part.index for part in parts if isinstance(part, Lookup)], 1), g, first.size)
+    return Shift(g)
+
+
+def _chunked_squares(part: Outer | Factors, per_example: int) -> Tensor:
+    B = part.a.shape[0] if isinstance(part, Outer) else part.batch
+    total = None
+    for rows in _slices(B, per_example):
+        G = part.examples(rows).multiplied_out().flatten(0, 1)
+        square = torch.einsum("np,np->p", G, G)
+        total = square if total is None else total.add_(square)
+    assert total is not None
+    return total
+
+
+def _slices(B: int, per_example: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, per_example))
+    for start in range(0, B, step):
+        yield slice(start, min(B, start + step))

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from untouched import untouched
+
+from curvops.errors import UnsupportedError
+from curvops.nets.capture import Layers
+from curvops.nets.factors import block, gram
+from curvops.nets.forward import Network
+from curvops.nets.parameters import ParameterSelection
+from curvops.testing.problems import Problem, problems
+
+WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
+EVERY = pytest.mark.parametrize("p", WHOLE, ids=lambda p: p.name)
+
+
+def captured(p: Problem, K: int = 3):
+    model = p.model()
+    x = p.data()[0]
+    selection = ParameterSelection(model, p.params)
+    layers = Layers(Network(model), selection)
+    batch = layers.capture(x, reference.length(x))
+    generator = torch.Generator().manual_seed(3)
+    U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64)
+    J = reference.jacobian(model, x, p.params)
+    B, P = J.shape[0], J.shape[-1]
+    rows = torch.einsum("bcp,bck->kbp", J.reshape(B, -1, P), U.reshape(B, -1, K))
+    return batch, batch.factors(U), rows.split(list(selection.sizes), dim=-1)
+
+
+def check(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    # Gradients that cancel exactly (a bias before InstanceNorm) are rounding on both sides: of the order of 1e-15.
+    assert float((got - expected).norm()) <= 1e-12 * max(float(expected.norm()), 1.0)
+
+
+@EVERY
+def test_per_example_gradients(p):
+    batch, factors, expected = captured(p)
+    for i, (factor, rows) in enumerate(zip(factors, expected, strict=True)):
+        if factor is None:
+            assert i in batch.unused
+            assert not rows.any()
+            continue
+        check(factor.per_example(), rows)
+        check(factor.squares(), rows.square().sum((0, 1)))
+
+
+@EVERY
+def test_blocks_and_inner_products(p):
+    _, factors, expected = captured(p)
+    present = [(f, rows) for f, rows in zip(factors, expected, strict=True) if f is not None]
+    for f, rows in present:
+        check(gram(f, f), torch.einsum("kbp,lcp->kblc", rows, rows))
+        for h, columns in present:
+            check(block(f, h), torch.einsum("kbp,kbq->pq", rows, columns))
+
+
+@EVERY
+def test_only_scalars_without_rule_fall_back(p):
+    batch, _, _ = captured(p)
+    names = [batch.selection.names[i] for i in batch.fallback]
+    assert names == (["scale"] if p.name == "raw-parameters" else [])
+
+
+@EVERY
+def test_the_users_things_stay(p):
+    model, x = p.model(), p.data()[0]
+    selection = ParameterSelection(model, p.params)
+    with untouched(model):
+        batch = Layers(Network(model), selection).capture(x, reference.length(x))
+        batch.factors(torch.ones(*batch.outputs.shape, 2, dtype=torch.float64))
+
+
+# ---- habits beyond the zoo -----------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Modules and parameters by keyword, and a function of them and x as the forward."""
+
+    def __init__(self, function, **parts: nn.Module | tuple[int, ...]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(torch.zeros(part)))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def _cross_attention(m, x):
+    return m.attention(x[:, :1], torch.sin(x), torch.cos(x))[0][:, 0]
+
+
+def _positions(m, x):
+    return m.head(torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1], device=x.device)))).sum(1)
+
+
+def _class_token(m, x):
+    h = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.position
+    return m.head(torch.tanh(h))[:, 0]
+
+
+def _routed(m, x):
+    left = x[:, 0] > 0
+    h = torch.zeros_like(x)
+    h = h.index_put((left.nonzero()[:, 0],), m.a(x[left])).index_put(((~left).nonzero()[:, 0],), m.b(x[~left]))
+    return m.head(torch.tanh(h))
+
+
+def _frames(m, x):  # (B, frames, C, H, W): the frames fold into the batch
+    h = torch.tanh(m.conv(x.flatten(0, 1))).mean((2, 3)).unflatten(0, x.shape[:2])
+    return m.head(h).sum(1)
+
+
+def _time_first(m, x):
+    return m.head(torch.tanh(m.body(x.transpose(0, 1)))).sum(0)
+
+
+def _shared_rows(m, x):  # a projection of a constant, broadcast to the examples
+    grid = torch.linspace(-1, 1, 6, dtype=x.dtype).reshape(3, 2)
+    return m.head(torch.tanh(x + m.project(grid).unsqueeze(0))).sum(1)
+
+
+EXTRA = {
+    "cross-attention": (Model(_cross_attention, attention=nn.MultiheadAttention(4, 2, batch_first=True)), (5, 3, 4)),
+    "attention-bias-kv": (
+        Model(_cross_attention, attention=nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True, batch_first=True)),
+        (5, 3, 4),
+    ),
+    "positions": (Model(_positions, token=nn.Embedding(5, 3), position=nn.Embedding(4, 3), head=nn.Linear(3, 2)), 4),
+    "class-token": (Model(_class_token, token=(1, 1, 3), position=(1, 4, 3), head=nn.Linear(3, 2)), (5, 3, 3)),
+    "routed": (Model(_routed, a=nn.Linear(3, 3), b=nn.Linear(3, 3), head=nn.Linear(3, 2)), (7, 3)),
+    "frames": (Model(_frames, conv=nn.Conv2d(2, 3, 2), head=nn.Linear(3, 2)), (5, 3, 2, 3, 3)),
+    "time-first": (Model(_time_first, body=nn.Linear(3, 4), head=nn.Linear(4, 2)), (5, 3, 3)),
+    "shared-rows": (Model(_shared_rows, project=nn.Linear(2, 3), head=nn.Linear(3, 2)), (5, 3, 3)),
+    "einsum": (Model(lambda m, x: torch.einsum("bti,io->bo", x, m.W), W=(3, 2)), (5, 3, 3)),
+    "left-product": (Model(lambda m, x: torch.tanh(m.W @ x.T).T, W=(2, 3)), (5, 3)),
+    "scaled-bias": (Model(lambda m, x: x * m.s + m.b, s=(3,), b=(3,)), (5, 3)),
+    "channel-scale": (Model(lambda m, x: (x * m.s + m.b).sum((2, 3)), s=(2, 1, 1), b=(2, 1, 1)), (5, 2, 3, 3)),
+    "grouped-transpose": (
+        nn.Sequential(nn.ConvTranspose1d(4, 6, 3, 2, padding=1, output_padding=1, groups=2, dilation=2), nn.Flatten()),
+        (4, 4, 3),
+    ),
+    "strided-dilated": (nn.Sequential(nn.Conv2d(2, 4, (2, 3), (2, 1), (1, 2), (1, 2), 2), nn.Flatten()), (4, 2, 4, 5)),
+    "transpose3d": (nn.Sequential(nn.ConvTranspose3d(2, 1, (1, 2, 2)), nn.Flatten()), (3, 2, 2, 2, 1)),
+    "weight-norm": (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Tanh(), nn.PReLU()),
+        (5, 3),
+    ),
+    "bilinear": (Model(lambda m, x: m.pair(x, torch.sin(x)), pair=nn.Bilinear(2, 2, 3)), (5, 2)),
+    "lstm-two-ways": (
+        Model(lambda m, x: m.lstm(x)[0][:, 0], lstm=nn.LSTM(2, 2, 2, batch_first=True, bidirectional=True)),
+        (5, 3, 2),
+    ),
+    "rnn-cell": (Model(lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0])), cell=nn.GRUCell(2, 2)), (5, 2, 2)),
+    "transformer-prenorm": (
+        Model(
+            lambda m, x: m.layer(x).flatten(1),
+            layer=nn.TransformerEncoderLayer(4, 2, 5, batch_first=True, norm_first=True, activation="gelu"),
+        ),
+        (5, 3, 4),
+    ),
+}
+FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_per_example_gradients_beyond_the_zoo(name):
+    model, shape = EXTRA[name]
+    generator = torch.Generator().manual_seed(5)
+    model = model.double().eval()
+    with torch.no_grad():
+        for q in model.parameters():
+            q.copy_(torch.randn(q.shape, generator=generator, dtype=torch.float64))
+    if isinstance(shape, int):
+        x = torch.randint(5, (6, shape), generator=generator)
+    else:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    selection = ParameterSelection(model)
+    with untouched(model):
+        batch = Layers(Network(model), selection).capture(x, reference.length(x))
+        U = torch.randn(*batch.outputs.shape, 2, generator=generator, dtype=torch.float64)
+        factors = batch.factors(U)
+    J = reference.jacobian(model, x)
+    rows = torch.einsum("bcp,bck->kbp", J, U)
+    for factor, expected in zip(factors, rows.split(list(selection.sizes), -1), strict=True):
+        assert factor is not None
+        check(factor.per_example(), expected)
+        check(factor.squares(), expected.square().sum((0, 1)))
+        check(block(factor, factor), torch.einsum("kbp,kbq->pq", expected, expected))
+    assert len(batch.fallback) == FALLBACK.get(name, 0)
+
+
+def test_examples_that_mix_are_refused():
+    model = Model(lambda m, x: m.body(x - x.mean(0)), body=nn.Linear(3, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedError, match="depend on the other examples"):
+        Layers(Network(model), ParameterSelection(model)).capture(x, reference.length(x))
+
+
+def test_a_second_batch_of_another_structure_is_learned_anew_or_falls_back():
+    model = Model(
+        lambda m, x: m.body(torch.tanh(m.body(x))) if x.shape[0] > 4 else m.body(x), body=nn.Linear(2, 2)
+    ).double()
+    layers = Layers(Network(model), ParameterSelection(model))
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert layers.capture(x, 4).fallback == []
+    batch = layers.capture(torch.cat([x, x]), 8)
+    assert batch.fallback == [0, 1]
+    with pytest.raises(UnsupportedError, match="depend on the other examples"):
+        Layers(Network(model), ParameterSelection(model)).capture(torch.cat([x, x]), 8)
