@@ -97,9 +97,14 @@ class Run:
         self.groups: list[Tridiagonal] = []
         self.rules: list[Rules] = []
         self.matvecs = self.probes = self.steps = 0
+        self.complete = False
 
     def _fresh(self, start: int, count: int, keep: bool) -> Tridiagonal:
-        z = rademacher(self.size, start, count, seed=self.seed, dtype=self.dtype, device=self.device)
+        if self.complete:
+            z = torch.zeros(self.size, count, dtype=self.dtype, device=self.device)
+            z[torch.arange(start, start + count), torch.arange(count)] = math.sqrt(self.size)
+        else:
+            z = rademacher(self.size, start, count, seed=self.seed, dtype=self.dtype, device=self.device)
         tri = lanczos(self.matmat, z, self.steps, basis=keep, progress=self.progress)
         self.matvecs += tri.matvecs
         return tri
@@ -114,6 +119,12 @@ class Run:
             self.groups.append(self._fresh(self.probes, number, keep))
             self.rules.append(quadrature.rules(self.groups[-1], self.lower_bound))
             self.probes += number
+
+    def take_unit_vectors(self) -> None:
+        """Start again from all P unit vectors times √P: their mean is the trace itself, no Monte-Carlo error is "
+        "left."""
+        steps, self.groups, self.rules, self.probes, self.complete = self.steps, [], [], 0, True
+        self.add_probes(self.size, steps, keep=False)
 
     def deepen(self, steps: int) -> None:
         """Bring every run to `steps`; runs whose basis is gone start again (same probes)."""
@@ -164,6 +175,7 @@ def grow(
     """Grow depth and probes until the half-width meets the target.
 
     Depth comes first, while the probes are few: until the bracket is inside the error that more probes must remove.
+    Once doubling the probes would reach P, the P unit vectors take their place.
 
     Args:
         run: The runs; begun here if empty.
@@ -182,6 +194,8 @@ def grow(
         run.add_probes(limits.probes or FIRST_PROBES, first, keep=limits.steps is None)
     while True:
         found = interval(*run.bounds(), offset=offset, slack=slack)
+        if run.complete:
+            found = found._replace(stderr=0.0, noise=0.0)
         goal = target(found.value)
         if found.half_width <= goal:
             return found, ""
@@ -193,11 +207,14 @@ def grow(
         if not deepest and not found.bracket <= ceiling:
             run.deepen(min(max_steps, max(run.steps + 4, int(1.5 * run.steps))))
             continue
-        if not found.bracket < goal:
+        if deepest and not found.bracket < goal:
             why = "rounding of the products" if rounded else f"{run.steps} Lanczos steps"
             return found, f"{why} left a bracket of ±{found.bracket:.3g}"
         if limits.probes is not None or run.probes >= limits.max_probes:
             return found, f"only {run.probes} probes were allowed"
+        if 2 * run.probes >= run.size and run.size <= limits.max_probes and not run.complete:
+            run.take_unit_vectors()
+            continue
         settled = deepest or found.bracket <= _INSIDE * goal
         if settled:
             run.drop_bases()

@@ -49,9 +49,10 @@ def _limits(size: int, probes: int | None, steps: int | None, max_probes: int, m
 def _report(
     algorithm: str, found: Interval, limit: str, run: Run, matvecs: int, seed: int | None, began: float
 ) -> tuple[float, EstimateReport]:
+    kind = "unit vectors" if run.complete else "probes"
     part = "Monte-Carlo error" if found.noise > found.bracket else "Quadrature bracket"
     reason = (
-        f"{part} dominates: ±{found.noise:.3g} from {run.probes} probes, ±{found.bracket:.3g} from {run.steps} steps, "
+        f"{part} dominates: ±{found.noise:.3g} from {run.probes} {kind}, ±{found.bracket:.3g} from {run.steps} steps, "
         f"{matvecs} products in all."
     )
     return found.value, EstimateReport(
