@@ -9,6 +9,7 @@
 from curvops import errors
 from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Gram, Hessian, Jacobian, MCFisher
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
+from curvops.linalg.spectrum import Spectrum
 from curvops.nets import likelihoods
 from curvops.nets.parameters import flatten, unflatten
 from curvops.operators import (
@@ -37,6 +38,7 @@ from curvops.operators.methods import (
     XDiag,
     XTrace,
 )
+from curvops.posterior import Gaussian
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ __all__ = [
     "EmpiricalFisher",
     "EstimateReport",
     "FunctionSpace",
+    "Gaussian",
     "Gram",
     "Hessian",
     "Hutchinson",
@@ -71,6 +74,7 @@ __all__ = [
     "PerturbAndSolve",
     "Report",
     "SolveReport",
+    "Spectrum",
     "XDiag",
     "XTrace",
     "errors",
