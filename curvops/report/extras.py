@@ -1,0 +1,44 @@
+"""Which optional dependencies are there, and the sentence for one that is not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+from curvops.errors import MissingExtraError
+
+EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
+    "plot": (("matplotlib", "matplotlib"),),
+    "report": (("jinja2", "jinja2"), ("sklearn", "scikit-learn")),
+    "asdl": (("asdl", "asdfghjkl"),),
+    "laplace": (("laplace", "laplace-torch"),),
+    "hf": (("transformers", "transformers"),),
+    "notebooks": (("jupytext", "jupytext"), ("nbmake", "nbmake"), ("ipykernel", "ipykernel")),
+}
+"""Extra → (importable module, distribution) pairs that it adds."""
+
+CORE = ("torch", "numpy", "scipy", "curvlinops-for-pytorch", "backpack-for-pytorch", "linear_operator", "jaxtyping")
+"""Distributions that every installation has."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra brings it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module} is not installed, and this needs it; run: pip install 'curvops[{extra}]'"
+        ) from error
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
