@@ -165,7 +165,8 @@ def _advance(matmat: Matmat, tri: Tridiagonal, count: int, progress: bool) -> Tr
     scale = _scale(tri.alphas, tri.betas)
     matvecs, taken = tri.matvecs, 0
     previous = tri.blocks[-1][:, -1] if old else None
-    coupling = (tri.betas[:, -1] if old else torch.zeros(m)).to(current.device, dtype)
+    # A run that takes no further part must not show up as asymmetry.
+    coupling = (tri.betas[:, -1] * ~exact if old else torch.zeros(m)).to(current.device, dtype)
     for step in tqdm(range(count), desc="Lanczos", disable=not progress, leave=False):
         j = old + step
         going = ~exact

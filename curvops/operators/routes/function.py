@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvops.errors import UnsupportedError
-from curvops.linalg.functions import apply_function
+from curvops.linalg.functions import apply_function, inv_sqrt, sqrt
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
 from curvops.operators.autograd import linear_map
@@ -47,8 +47,12 @@ def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None) -> Pl
         reason = dense_reason(A) if method is None else "asked for"
         return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_eigen(A)._function(f, V))
     if method is None or isinstance(method, methods.Lanczos):
-        lanczos = method or methods.Lanczos()
-        return _lanczos(A, f, lanczos, "asked for" if method else f"P = {A.shape[0]:,} is too large for a dense copy")
+        reason = f"P = {A.shape[0]:,} is too large for a dense copy" if method is None else "asked for"
+
+        def driver(matmat: Elementwise, V: Tensor, **options: Any) -> tuple[Tensor, Report]:
+            return apply_function(matmat, f, V, **options)
+
+        return _lanczos(A, driver, method or methods.Lanczos(), reason)
     raise refuse_method("function", method, "Eigh", "Lanczos")
 
 
@@ -63,7 +67,10 @@ def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -
     bound = A.lower_bound
     if bound is None or bound < 0 or (power < 0 and bound == 0):
         return indefinite(A, f"A^{power:+g} v", "Lanczos needs a proven lower bound")
-    return plan(A, lambda x: x.clamp_min(bound) ** power, method)
+    if method is not None and not isinstance(method, methods.Lanczos):
+        raise refuse_method(f"A^{power:+g} v", method, "Eigh", "Lanczos")
+    reason = f"P = {A.shape[0]:,} is too large for a dense copy" if method is None else "asked for"
+    return _lanczos(A, inv_sqrt if power < 0 else sqrt, method or methods.Lanczos(), reason)
 
 
 def _dense_power(A: LinearOperator, power: float, V: Tensor) -> Tensor:
@@ -87,7 +94,9 @@ def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise) -> P
     return Plan(name, reason, run)
 
 
-def _lanczos(A: LinearOperator, f: Elementwise, method: methods.Lanczos, reason: str) -> Plan:
+def _lanczos(
+    A: LinearOperator, driver: Callable[..., tuple[Tensor, Report]], method: methods.Lanczos, reason: str
+) -> Plan:
     def run(V: Tensor) -> tuple[Tensor, Report]:
         if torch.is_grad_enabled() and A._requires_grad():
             raise UnsupportedError(
@@ -98,9 +107,7 @@ def _lanczos(A: LinearOperator, f: Elementwise, method: methods.Lanczos, reason:
 
         def apply(W: Tensor) -> Tensor:
             rtol = methods.SOLVE_RTOL[A.dtype] if method.rtol is None else method.rtol
-            X, report = apply_function(
-                product(A), f, W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=A.lower_bound
-            )
+            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=A.lower_bound)
             # Exactly the asked number of steps, without a target, is an answer as asked.
             if method.steps is not None and method.rtol is None:
                 report = replace(report, converged=True)
