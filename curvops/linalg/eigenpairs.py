@@ -21,6 +21,9 @@ from curvops.typing import Array, Matmat, Vector
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
 # Deflated follow-up runs that look for missed copies of multiple eigenvalues.
 _MAX_FOLLOW_UPS = 20
+# Krylov vectors per restart: clustered ends (the negative part of a trained network's Hessian) need many, and past
+# this many entries they would take more memory than they save products.
+_KRYLOV_VECTORS, _KRYLOV_ENTRIES = 80, 2**27
 # Block Lanczos steps that sharpen what ARPACK returned.
 _WIDENINGS = 20
 # Products spent on a first idea of the norm.
@@ -200,6 +203,10 @@ class _Search:
         self.trouble = "The follow-up runs did not establish that no copy of a multiple eigenvalue is missing."
         return torch.as_tensor(Q), False
 
+    def _krylov_vectors(self, k: int) -> int:
+        usual = max(2 * k + 1, 20)
+        return min(self.size, max(usual, min(_KRYLOV_VECTORS, self.size // 8, _KRYLOV_ENTRIES // self.size)))
+
     def _draw(self) -> Array:
         self.draws += 1
         start = gaussian(self.size, self.draws, 1, seed=self.seed, dtype=torch.float64, device="cpu")
@@ -240,7 +247,7 @@ class _Search:
         operator = spla.LinearOperator((self.size, self.size), matvec=multiply, dtype=np.float64)  # pyright: ignore
         try:
             # SciPy's stub types tol by its default, the integer 0.
-            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": v}
+            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": v, "ncv": self._krylov_vectors(k)}
             values, vectors = spla.eigsh(operator, k=k, which=which, **options)
         except spla.ArpackNoConvergence as error:
             values = np.asarray(error.eigenvalues)
