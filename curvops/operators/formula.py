@@ -97,6 +97,8 @@ def _algebra(node: Formula) -> str:
         return f"{_operand(children[0], 4)}[{node.text}]"
     if node.kind == "transpose":
         return f"{_operand(children[0], 4)}.T"
+    if node.kind == "scaled" and node.text == "-1.0" and children[0].text != "I":
+        return f"-{_operand(children[0], 3)}"
     if node.kind == "scaled":
         return f"{node.text}·{_operand(children[0], 3)}"
     if node.kind == "product":

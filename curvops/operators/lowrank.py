@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, ShapeError
 from curvops.operators.base import LinearOperator, Scalar
-from curvops.operators.formula import Formula, size_text
+from curvops.operators.formula import Formula, times_text
 
 if TYPE_CHECKING:
     from curvops.operators.eigen import Eigen
@@ -105,7 +105,7 @@ class LowRank(LinearOperator):
 
     def _formula(self) -> Formula:
         notes = () if self.captured is None else (f"{self.captured:.1%} of the trace",)
-        return Formula("leaf", f"LowRank({size_text(self.U.shape)})", notes=notes)
+        return Formula("leaf", f"LowRank({times_text(self.U.shape)})", notes=notes)
 
 
 WOODBURY = {
