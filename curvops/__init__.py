@@ -1,12 +1,24 @@
 """curvops: every curvature of a neural network as one lazy linear operator.
 
-    import curvops as co
-    H = co.GGN(model, "classification", data)       # P x P, nothing computed yet
-    (H.add_diagonal(1.0)).solve(v)                  # certified by the true residual
-    (H.add_diagonal(1.0)).logdet()                  # with an error bar where it is estimated
+import curvops as co
+H = co.GGN(model, "classification", data)       # P x P, nothing computed yet
+(H.add_diagonal(1.0)).solve(v)                  # certified by the true residual
+(H.add_diagonal(1.0)).logdet()                  # with an error bar where it is estimated
 """
 
 from curvops import errors
+from curvops.curvature import (
+    CurvatureInterface,
+    CurvlinopsEF,
+    CurvlinopsGGN,
+    CurvlinopsHessian,
+    CurvlinopsInterface,
+    EFInterface,
+    FeatureExtractor,
+    GGNInterface,
+    HessianInterface,
+    from_curvlinops,
+)
 from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Gram, Hessian, Jacobian, MCFisher
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
 from curvops.linalg.spectrum import Spectrum
@@ -51,17 +63,26 @@ __all__ = [
     "BlockDiagonal",
     "Cholesky",
     "Closure",
+    "CurvatureInterface",
+    "CurvlinopsEF",
+    "CurvlinopsGGN",
+    "CurvlinopsHessian",
+    "CurvlinopsInterface",
     "Dense",
     "Diagonal",
+    "EFInterface",
     "Eigen",
     "Eigenpairs",
     "Eigh",
     "EmpiricalFisher",
     "EstimateReport",
+    "FeatureExtractor",
     "FunctionSpace",
+    "GGNInterface",
     "Gaussian",
     "Gram",
     "Hessian",
+    "HessianInterface",
     "Hutchinson",
     "Identity",
     "Jacobian",
@@ -79,6 +100,7 @@ __all__ = [
     "XTrace",
     "errors",
     "flatten",
+    "from_curvlinops",
     "likelihoods",
     "unflatten",
 ]

@@ -1,0 +1,443 @@
+"""curvlinops: its linear operators as ours, and its KFAC as blocks; every quirk of it, of every version, in here.
+
+What it gets wrong in silence, and what happens here instead (checked on 3.0.1):
+
+* Its constructor's check costs 6 to 9 gradients: off. Operators are built at the first product, on a copy of the model.
+* Its Hessian errs where layer or instance normalisation is differentiated twice; other products fail, or depart from
+  autograd, where forward mode does (padding rows of embeddings). So the first product of an operator is compared with
+  double backward, once; where they differ curvops' own products answer, `repr` says so, and a warning unless expected.
+* Its Monte-Carlo and empirical Fishers are GGNs of a pseudo-loss. That loss is formed here from our likelihoods, so
+  that class weights, ignored targets and label smoothing count, and the draws are those of `co.MCFisher`.
+* Its KFAC ignores class weights: what is propagated backward comes from our likelihoods. What it would lose or confuse
+  (layers but Linear and Conv2d, groups, padding modes, tied or twice-used parameters, ignored targets) is refused by
+  name.
+* An exhausted generator as data gives zeros: refused by `from_curvlinops`, whose operators also have the right dtype.
+* Its next release takes `params` as a dict and moves the factors: the first is detected, the second refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvops.curvature.backends.layers import Owner, owners, require_only_use, witnessed
+from curvops.curvature.backends.sandbox import Outputs
+from curvops.curvature.exact_diagonal import hessian_root
+from curvops.curvature.ggn import mc_root
+from curvops.curvature.matrixfree.base import DataOperator
+from curvops.curvature.matrixfree.fisher import MCFisher
+from curvops.curvature.matrixfree.forms import RootForm
+from curvops.curvature.matrixfree.ggn import GGN
+from curvops.curvature.matrixfree.hessian import Hessian
+from curvops.curvature.objective import Objective
+from curvops.errors import DataError, NumericalWarning, UnsupportedError, UnsupportedLayerError
+from curvops.linalg.probes import rademacher
+from curvops.memory import columns_within
+from curvops.nets.batches import Batch
+from curvops.operators.base import LinearOperator
+from curvops.operators.closure import Closure
+from curvops.operators.dense import Dense
+from curvops.operators.formula import Formula, size_text
+from curvops.operators.kronecker import Kronecker
+
+Fisher = Literal["exact", "mc", "empirical"]
+
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Relative difference between two right ways to compute one product."""
+
+_HESSIAN_ERRS = (nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_HESSIAN_FAILS = (nn.GroupNorm, nn.SiLU)
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The package; imported at first need, since that takes as long as importing torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its dependencies' deprecations are none of the user's business
+        return importlib.import_module("curvlinops")
+
+
+def provenance() -> str:
+    """`curvlinops 3.0.1`, without importing it."""
+    return f"curvlinops {importlib.metadata.version('curvlinops-for-pytorch')}"
+
+
+# -------------------------------------------------------------------- products
+
+
+class CurvlinopsProduct(DataOperator):
+    """One of our curvatures over one batch, whose products curvlinops computes.
+
+    Holds the native operator as well: it is the reference of the first product, and answers what is asked of the
+    curvature in function space.
+    """
+
+    def _begin(self, objective: Objective, *, native: type[DataOperator], own: Mapping[str, Any] | None = None) -> None:
+        self._native_type, self._native_own = native, dict(own or {})
+        self.native: Any = native.of(objective, **self._native_own)
+        super()._begin(objective, is_psd=self.native.is_psd)
+        self._theirs: Any = None
+        self._outputs: Outputs | None = None
+        self._column_bytes = 0
+        self._why_native = _known_trouble(objective.network.module, native)
+
+    def _own(self) -> dict[str, Any]:
+        return {"native": self._native_type, "own": self._native_own}
+
+    def _product(self, V: Tensor) -> Tensor:
+        self.objective.watch.check()
+        if self._why_native is None and self._theirs is None:
+            self._meet()
+        if self._why_native is not None:
+            return self.native._product(V)
+        return self._multiplied(V)
+
+    def _meet(self) -> None:
+        """Build their operator, and compare its first product with ours."""
+        probe = rademacher(self.shape[1], 0, 1, seed=0, dtype=self.dtype, device=self.device)
+        try:
+            ours = self.native._product(probe)
+            self._column_bytes = sum(piece.graph_bytes for _, piece in self.native._pieces())
+            self._theirs, self._outputs = self._built()
+            try:
+                theirs = self._multiplied(probe)
+            except Exception as error:  # Whatever its transforms trip over: double backward has just shown the way.
+                self._leave(
+                    f"fails on this model ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                )
+                return
+            difference = float((theirs - ours).norm()) / max(float(ours.norm()), torch.finfo(self.dtype).tiny)
+            if not difference <= _TOLERANCES[self.dtype]:
+                self._leave(f"departs from double backward by {difference:.1e}")
+        finally:
+            if self._why_native is None:
+                self.native.release()
+
+    def _leave(self, why: str) -> None:
+        self._why_native, self._theirs, self._outputs = f"{provenance()} {why}", None, None
+        warnings.warn(
+            f"{self._why_native}; the products of this operator are curvops' own.", NumericalWarning, stacklevel=2
+        )
+
+    def _built(self) -> tuple[Any, Outputs]:
+        objective = self.objective
+        outputs = Outputs(objective.model, objective.selection)
+        ((batch, f),) = objective.evaluate()
+        names = {id(p): name for name, p in outputs.named_parameters()}
+        kind = library().HessianLinearOperator if self._native_type is Hessian else library().GGNLinearOperator
+        params: Any = outputs.selected
+        if "dict" in str(inspect.signature(kind.__init__).parameters["params"].annotation).lower():
+            params = {names[id(p)]: p for p in outputs.selected}
+        theirs = kind(
+            outputs, self._loss(batch, f), params, [(_plain(batch.x), batch.y)],
+            check_deterministic=False, num_data=len(batch.y), batch_size_fn=lambda _: len(batch.y),
+        )  # fmt: skip
+        return theirs, outputs
+
+    def _loss(self, batch: Batch, f: Tensor) -> nn.Module:
+        """Whose Hessian in the outputs is Λ."""
+        if self._native_type in (GGN, Hessian):
+            return _NegativeLogLikelihood(self.objective)
+        with torch.no_grad():
+            return _HalfSquare(self.native._form(batch, f))
+
+    def _multiplied(self, V: Tensor) -> Tensor:
+        assert self._outputs is not None
+        selection = self.objective.selection
+        full = selection.scatter(V)
+        per_column = max(4 * self._column_bytes, 4 * selection.full_size * self.dtype.itemsize)
+        step = columns_within(self.objective.budget() // 4, self.device, per_column, max(V.shape[1], 1))
+        with self._outputs.network.differentiable():
+            parts = [self._theirs @ part.contiguous() for part in full.split(step, 1)]
+        return selection.gather(torch.cat(parts, 1).detach())
+
+    def _gram(self) -> LinearOperator | None:
+        return self.native._gram()
+
+    def _factor(self) -> LinearOperator | None:
+        return self.native._factor()
+
+    def release(self) -> None:
+        super().release()
+        self.native.release()
+        self._theirs, self._outputs = None, None
+
+    def _explain_product(self) -> str:
+        return self.native._explain_product() if self._why_native else f"one product by {provenance()}"
+
+    def _formula(self) -> Formula:
+        note = f"by curvops: {self._why_native}" if self._why_native else f"by {provenance()}"
+        return Formula("leaf", self.native._formula().text, notes=(note,))
+
+
+def _known_trouble(model: nn.Module, native: type[DataOperator]) -> str | None:
+    """Why curvlinops is not even tried, from the layers' names; None if it is."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if native is Hessian and isinstance(module, _HESSIAN_ERRS):
+            return f"{provenance()} errs where {kind} is differentiated twice"
+        if native is Hessian and isinstance(module, _HESSIAN_FAILS):
+            return f"{provenance()} has no forward mode through the backward of {kind}"
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return f"{provenance()} lets the padding row of {kind} count"
+    return None
+
+
+class _NegativeLogLikelihood(nn.Module):
+    """−log p(y | f) as the loss module that curvlinops asks for."""
+
+    reduction = "sum"
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        assert objective.likelihood is not None
+        self.likelihood = objective.likelihood
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.likelihood.loss(f, y)
+
+
+class _HalfSquare(nn.Module):
+    """½ ‖Sᵀ f‖², whose GGN is `Σ Jᵀ S Sᵀ J`."""
+
+    reduction = "sum"
+
+    def __init__(self, form: RootForm) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * self.form.pull(f.unsqueeze(-1)).square().sum()
+
+
+def _plain(x: Any) -> Any:
+    """Inputs that autograd may save."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() else x.detach()
+    return {key: _plain(value) for key, value in x.items()} if isinstance(x, Mapping) else x
+
+
+def from_curvlinops(operator: Any, *, is_psd: bool | None = None, lower_bound: float | None = None) -> Closure:
+    """A curvlinops linear operator as one of ours, of its own dtype and device.
+
+    Args:
+        operator: A `curvlinops` `PyTorchLinearOperator` (GGN, Hessian, KFAC, Jacobian, sums and inverses of them, …).
+        is_psd: Whether it is positive semidefinite; None to go by its class (the Fishers and KFAC are).
+        lower_bound: A proven lower bound on the spectrum.
+
+    Raises:
+        DataError: Its data are an iterator, which would be exhausted by the first product and give zeros then.
+        UnsupportedError: Not such an operator, or one that does not say its dtype and device.
+
+    Example:
+        >>> import torch, curvlinops, curvops as co
+        >>> model, loss = torch.nn.Linear(2, 1), torch.nn.MSELoss(reduction="sum")
+        >>> data = [(torch.ones(3, 2), torch.zeros(3, 1))]
+        >>> H = curvlinops.HessianLinearOperator(model, loss, list(model.parameters()), data)
+        >>> co.from_curvlinops(H)
+        HessianLinearOperator(3×3) [by curvlinops 3.0.1]
+    """
+    names = {kind.__name__ for kind in type(operator).__mro__}
+    if "PyTorchLinearOperator" not in names:
+        raise UnsupportedError(
+            f"from_curvlinops got {type(operator).__name__}; expected a curvlinops operator. For SciPy's there is "
+            "Closure.from_scipy, for a function Closure."
+        )
+    if any(isinstance(part, Iterator) for part in _data_within(operator)):
+        raise DataError(
+            "the curvlinops operator reads an iterator, which its first product exhausts; later ones would be zero. "
+            "Build it on a list or a DataLoader: data = list(…)."
+        )
+    try:
+        dtype, device = operator.dtype, operator.device
+    except NotImplementedError as error:
+        raise UnsupportedError(f"{type(operator).__name__} does not say its dtype and device.") from error
+    if is_psd is None:
+        is_psd = bool(names & {"EFLinearOperator", "FisherMCLinearOperator", "KFACLinearOperator"})
+
+    def product(V: Tensor) -> Tensor:
+        return (operator @ V.contiguous()).detach()
+
+    def adjoint(V: Tensor) -> Tensor:
+        return (operator.adjoint() @ V.contiguous()).detach()
+
+    return _Foreign(
+        product, tuple(operator.shape), dtype=dtype, device=device, rmatvec=adjoint, batched=True,
+        is_symmetric=bool(operator.SELF_ADJOINT), is_psd=is_psd, lower_bound=lower_bound, name=type(operator).__name__,
+    )  # fmt: skip
+
+
+class _Foreign(Closure):
+    def _formula(self) -> Formula:
+        node = super()._formula()
+        return Formula(node.kind, node.text, notes=(f"by {provenance()}",))
+
+
+def _data_within(operator: Any) -> Iterator[Any]:
+    """Data of the operator and of those that it is made of."""
+    yield getattr(operator, "_data", None)
+    for part in vars(operator).values():
+        if any(kind.__name__ == "PyTorchLinearOperator" for kind in type(part).__mro__):
+            yield from _data_within(part)
+
+
+# -------------------------------------------------------------------- Kronecker factors
+
+
+class KroneckerFactors:
+    """KFAC of one batch by curvlinops, as blocks in the order of the parameters.
+
+    Args:
+        objective: The negative log-likelihood of one batch.
+        fisher: "exact" (Λ's square root), "mc" or "empirical": what is propagated backward.
+        approx: "expand" or "reduce", for layers that see a datum at several positions (Eschenhagen et al. 2023).
+        total: N, the number of data in all.
+        scale: Factor on B.
+        num_samples, seed: Of the draws of "mc".
+
+    Raises:
+        UnsupportedLayerError: A layer that curvlinops loses or gets wrong; named.
+    """
+
+    def __init__(
+        self, objective: Objective, fisher: Fisher, approx: str, total: int, scale: float, num_samples: int, seed: int
+    ) -> None:
+        self.objective, self.fisher, self.approx = objective, fisher, approx
+        self.total, self.scale, self.num_samples, self.seed = total, scale, num_samples, seed
+        if not hasattr(library().KFACLinearOperator, "compute_kronecker_factors"):
+            raise UnsupportedError(
+                f"the factors of {provenance()} are not where they were in 3.0.1; install "
+                f"curvlinops-for-pytorch==3.0.1, or use {_NATIVE_KRON}"
+            )
+        self.owners = owners(
+            objective.model, objective.selection, (nn.Linear, nn.Conv2d), provenance(), f"use {_NATIVE_KRON}"
+        )
+        for owner in self.owners:
+            _refuse_convolution(owner, objective.network.module.get_submodule(owner.path), approx)
+
+    def blocks(self) -> list[LinearOperator]:
+        """`B ⊗ A` for weights, `B` for biases. Cost: R + 1 backward passes and a copy of the module tree."""
+        objective = self.objective
+        objective.watch.check()
+        for owner in self.owners:
+            owner.forget()
+        outputs = Outputs(objective.model, objective.selection)
+        ((batch, _),) = objective.evaluate()
+        kfac = _kfac_class()(
+            outputs, nn.MSELoss(reduction="sum"), outputs.selected, [(_plain(batch.x), batch.y)],
+            check_deterministic=False, fisher_type="empirical", kfac_approx=self.approx, num_data=len(batch.y),
+            num_per_example_loss_terms=1, separate_weight_and_bias=True, batch_size_fn=lambda _: len(batch.y),
+        )  # fmt: skip
+        kfac.backward = lambda f, y: self._backward(f, batch, outputs)
+        try:
+            with outputs.network.differentiable(), witnessed(outputs.module, self.owners):
+                kfac.compute_kronecker_factors()
+        except (ValueError, NotImplementedError) as error:
+            if isinstance(error, UnsupportedError | DataError):
+                raise
+            raise UnsupportedLayerError(f"{provenance()} refuses this model: {error}; use {_NATIVE_KRON}") from error
+        return [
+            self._block(owner, shape, kfac)
+            for owner, shape in zip(self.owners, objective.selection.shapes, strict=True)
+        ]
+
+    def _backward(self, f: Tensor, batch: Batch, outputs: Outputs) -> None:
+        with torch.no_grad():
+            S = self._root(batch, f.detach())
+        columns = S.shape[-1]
+        for r in range(columns):
+            grads = torch.autograd.grad(
+                f, outputs.selected, S[..., r].contiguous(), retain_graph=r < columns - 1, allow_unused=True
+            )
+            if r == 0:
+                for owner, g in zip(self.owners, grads, strict=True):
+                    require_only_use(outputs.module, owner, g, provenance(), f"use {_NATIVE_KRON}")
+
+    def _root(self, batch: Batch, f: Tensor) -> Tensor:
+        likelihood = self.objective.likelihood
+        assert likelihood is not None
+        if not bool(likelihood.active(f, batch.y).all()):
+            raise UnsupportedError(
+                f"some targets are ignored, and {provenance()} would count their inputs all the same; "
+                f"use {_NATIVE_KRON}, or full() and diag()"
+            )
+        if self.fisher == "empirical":
+            return likelihood.gradient(f, batch.y).unsqueeze(-1)
+        if self.fisher == "mc":
+            return mc_root(MCFisher.of(self.objective, num_samples=self.num_samples, seed=self.seed), batch, f)
+        if not likelihood.is_convex:
+            raise UnsupportedError(
+                f"{likelihood!r} is not convex, so that Λ has no square root to propagate; use full()"
+            )
+        return hessian_root(likelihood, f, batch.y)[0]
+
+    def _block(self, owner: Owner, shape: torch.Size, kfac: Any) -> LinearOperator:
+        selection = self.objective.selection
+        path = f"module.{owner.path}".rstrip(".")
+        zero = torch.zeros(shape[0], shape[0], dtype=selection.dtype, device=selection.device)
+        # A layer that the output does not depend on has no factors, and no curvature.
+        B = kfac._gradient_covariances.get(path)
+        B = Dense(zero if B is None else _symmetric(B) * self.scale, is_psd=True)
+        if owner.role == "bias":
+            return B
+        A = kfac._input_covariances.get(path)
+        A = zero.new_zeros(shape[1:].numel(), shape[1:].numel()) if A is None else _symmetric(A)
+        return Kronecker(B, Dense(A * (self.objective.num_data or 0) / self.total, is_psd=True))
+
+    def label(self) -> str:
+        """The blocks in one line, from shapes alone."""
+        parts = [
+            f"Kronecker({size_text([shape[0], shape[1:].numel()])})" if owner.role == "weight" else f"Dense({shape[0]})"
+            for owner, shape in zip(self.owners, self.objective.selection.shapes, strict=True)
+        ]
+        return f"{len(parts)}: {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}"
+
+
+_NATIVE_KRON = "co.KFAC"
+
+
+@lru_cache(maxsize=1)
+def _kfac_class() -> Any:
+    """Their KFAC with our backward passes in place of its own."""
+
+    class Kfac(library().KFACLinearOperator):  # type: ignore[misc]
+        backward: Callable[[Tensor, Tensor], None]
+
+        def _rearrange_for_larger_than_2d_output(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return output, y
+
+        def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
+            self.backward(output, y)
+
+    return Kfac
+
+
+def _refuse_convolution(owner: Owner, layer: nn.Module, approx: str) -> None:
+    if not isinstance(layer, nn.Conv2d):
+        return
+    complaint = None
+    if layer.groups > 1:
+        complaint = f"has groups={layer.groups}, which it averages over"
+    elif layer.padding_mode != "zeros":
+        complaint = f"has padding_mode={layer.padding_mode!r}, which it takes for zeros"
+    elif layer.padding == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+    ):
+        complaint = 'has padding="same" with more on one side than on the other, which it does not unfold'
+    if complaint is not None:
+        raise UnsupportedLayerError(
+            f"convolution {owner.path!r} {complaint} ({provenance()}); use {_NATIVE_KRON}, or full() and diag()"
+        )
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    M = M.detach()
+    return (M + M.T) / 2
