@@ -1,0 +1,244 @@
+"""What KFAC keeps of one parameter: sums over the data that add up over batches, and the block made of them.
+
+For a weight W (O x I) with per-example gradients G = Σ_t g_t a_tᵀ:
+
+    expand    A = Σ_nt a aᵀ / (terms),     B = Σ_k Σ_nt g gᵀ              (Martens & Grosse 2015, Grosse & Martens 2016)
+    reduce    A = Σ_n ā āᵀ / (examples),   B = Σ_k Σ_n (Σ_t g)(Σ_t g)ᵀ     (Eschenhagen et al. 2023), ā the mean over t
+
+and the block is B ⊗ A, of the scale of a sum over the data. Positions whose targets are ignored are no terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvops.errors import ShapeError
+from curvops.nets.factors import Factors, Lookup, Outer, Part, Shift, block
+from curvops.operators.base import LinearOperator
+from curvops.operators.blockdiagonal import BlockDiagonal
+from curvops.operators.dense import Dense
+from curvops.operators.diagonal import Diagonal
+from curvops.operators.kronecker import Kronecker
+
+Approx = Literal["expand", "reduce"]
+Fallback = Literal["diag", "full", "raise"]
+
+
+@dataclass
+class Pair:
+    """The two factors of one kind of use of a parameter.
+
+    Attributes:
+        flipped: The parameter is (inputs, outputs), and the block A ⊗ B.
+        A: Σ a aᵀ `(G, I, I)`, its diagonal `(I,)` for lookups, None for biases.
+        B: Σ g gᵀ `(G, O, O)`.
+        terms: Of A's sum; None where A is an average already.
+    """
+
+    flipped: bool
+    A: Tensor | None
+    B: Tensor
+    terms: float | None
+
+    def plus(self, other: Pair) -> Pair:
+        """Sums of the sums."""
+        same = self.flipped == other.flipped and self.B.shape == other.B.shape
+        if not same or (self.terms is None) != (other.terms is None):
+            raise ShapeError("merge: the factors of the two are of different kinds; build both with the same options.")
+        A = None if self.A is None or other.A is None else self.A + other.A
+        terms = None if self.terms is None or other.terms is None else self.terms + other.terms
+        return Pair(self.flipped, A, self.B + other.B, terms)
+
+    def average(self) -> Tensor | None:
+        """A, averaged."""
+        if self.A is None or self.terms is None:
+            return self.A
+        return self.A / max(self.terms, 1.0)
+
+    def sides(self) -> tuple[Tensor, Tensor | None]:
+        """The factors on the parameter's first and second axis (None: there is no second)."""
+        A = self.average()
+        return (A, self.B) if self.flipped and A is not None else (self.B, A)
+
+
+class Statistics:
+    """The sums of one parameter: factor pairs by kind of use, or an exact diagonal or dense block."""
+
+    def __init__(
+        self, size: int, pairs: dict[object, Pair] | None = None, exact: Tensor | None = None, approx: Approx = "expand"
+    ) -> None:
+        self.size, self.exact = size, exact
+        self.pairs: dict[object, Pair] = {} if pairs is None else pairs
+        self.approx: Approx = approx
+
+    def add(self, factors: Factors, active: Tensor, first: bool, fallback: Fallback) -> None:
+        """Some columns of some examples.
+
+        Args:
+            factors: Of the parameter.
+            active: `(B,)` or `(B, T)`, what counts.
+            first: Whether the examples come for the first time, so that their inputs count.
+            fallback: What to do where there are no factors.
+        """
+        if not has_pairs(factors):
+            self._add_exact(factors, fallback)
+            return
+        for part in factors.parts:
+            key, pair = _pair(part, active, self.approx, first)
+            self.pairs[key] = pair if key not in self.pairs else _accumulated(self.pairs[key], pair)
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Sums of the sums: the statistics of both data sets."""
+        if self.size != other.size or self.approx != other.approx:
+            raise ShapeError("merge: other parameters, or another approx; build both with the same options.")
+        keys = {**self.pairs, **other.pairs}
+        pairs = {
+            key: self.pairs[key].plus(other.pairs[key])
+            if key in self.pairs and key in other.pairs
+            else (self.pairs.get(key) or other.pairs[key])
+            for key in keys
+        }
+        if self.exact is None or other.exact is None:
+            exact = self.exact if other.exact is None else other.exact
+        else:
+            exact = self.exact + other.exact
+        return Statistics(self.size, pairs, exact, self.approx)
+
+    def averaged(self, share: float) -> Statistics:
+        """With every A an average times `share`, so that the factors of mini-batches add up (design §4 on N)."""
+        pairs = {}
+        for key, pair in self.pairs.items():
+            A = pair.average()
+            pairs[key] = Pair(pair.flipped, None if A is None else A * share, pair.B, None)
+        return Statistics(self.size, pairs, self.exact, self.approx)
+
+    def operator(self, like: Tensor) -> LinearOperator:
+        """The parameter's block. A parameter that the outputs do not depend on has a zero diagonal."""
+        if self.exact is not None:
+            return Diagonal(self.exact) if self.exact.dim() == 1 else Dense(self.exact, is_psd=True)
+        if not self.pairs:
+            return Diagonal(like.new_zeros(self.size))
+        return kronecker(*combined(list(self.pairs.values())))
+
+    def _add_exact(self, factors: Factors, fallback: Fallback) -> None:
+        new = block(factors, factors) if fallback == "full" else factors.squares()
+        self.exact = new if self.exact is None else self.exact + new
+
+
+def has_pairs(factors: Factors) -> bool:
+    """Whether every use of a parameter has factors, of one kind or of kinds that fit together."""
+    if any(not isinstance(part, Outer | Lookup | Shift) for part in factors.parts):
+        return False
+    if len(factors.parts) == 1:
+        return True
+    # Several kinds meet in a tied weight; they must be matrices of the same two axes.
+    return all(isinstance(part, Lookup) or (isinstance(part, Outer) and part.a.shape[2] == 1) for part in factors.parts)
+
+
+def combined(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:
+    """The factors on the parameter's two axes.
+
+    Kinds of use that put inputs and outputs on opposite axes (an embedding tied to a decoder) make a sum of Kronecker
+    products; the one nearest to it in the Frobenius norm (Van Loan & Pitsianis 1993) has factors in the span of theirs,
+    with positive weights since all factors are positive semidefinite.
+    """
+    sides = [pair.sides() for pair in pairs]
+    if len(sides) == 1:
+        return sides[0]
+    left = torch.stack([_square(one) for one, _ in sides]).flatten(1)
+    right = torch.stack([_square(two) for _, two in sides if two is not None]).flatten(1)
+    # Σ_i vec(L_i) vec(R_i)ᵀ has the singular vectors of its 2 x 2 core between orthonormal bases of the spans.
+    Ql, Cl = torch.linalg.qr(left.T)
+    Qr, Cr = torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd(Cl @ Cr.T)
+    one, two = Ql @ U[:, 0], Qr @ Vh[0]
+    n, m = (round(len(v) ** 0.5) for v in (one, two))
+    one, two = one.reshape(1, n, n), two.reshape(1, m, m)
+    sign = torch.sign(one.diagonal(dim1=1, dim2=2).sum())
+    return one * sign * S[0], two * sign
+
+
+def kronecker(first: Tensor, second: Tensor | None) -> LinearOperator:
+    """The block of the two axes' factors, one Kronecker product per group."""
+    groups = [_factor(first, i) for i in range(_groups(first))]
+    if second is None:
+        return groups[0]
+    products = [Kronecker(one, _factor(second, i)) for i, one in enumerate(groups)]
+    return products[0] if len(products) == 1 else BlockDiagonal(*products)
+
+
+def _groups(factor: Tensor) -> int:
+    return 1 if factor.dim() == 1 else factor.shape[0]
+
+
+def _factor(factor: Tensor, group: int) -> LinearOperator:
+    return Diagonal(factor) if factor.dim() == 1 else Dense(factor[group], is_psd=True)
+
+
+def _square(factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return torch.diag(factor) if factor.dim() == 1 else factor[0]
+
+
+def _accumulated(total: Pair, new: Pair) -> Pair:
+    total.B += new.B
+    if new.terms:
+        if total.A is not None and new.A is not None:
+            total.A += new.A
+        total.terms = (total.terms or 0.0) + new.terms
+    return total
+
+
+def _pair(part: Part, active: Tensor, approx: Approx, first: bool) -> tuple[object, Pair]:
+    assert isinstance(part, Outer | Lookup | Shift)
+    # Averages over positions would make a lookup's A dense; its positions stay apart in both approximations.
+    together = approx == "reduce" and not isinstance(part, Lookup)
+    weight = _weight(part, active) if first else None
+    if isinstance(part, Outer):
+        g = part.g.sum(2, keepdim=True) if together else part.g  # (K, B, T, G, O)
+        B = _second_moment(g.permute(3, 0, 1, 2, 4).flatten(1, 3))
+        A, terms = _inputs(part.a, weight, together)
+        return ("outer", part.flipped, *B.shape), Pair(part.flipped, A, B, terms)
+    g = part.g.sum(2, keepdim=True) if together else part.g
+    B = _second_moment(g.flatten(0, 2).unsqueeze(0))
+    if isinstance(part, Shift):
+        terms = 0.0 if weight is None else float(weight.amax(1).sum() if together else weight.sum())
+        return ("shift", *B.shape), Pair(False, None, B, terms)
+    if weight is None:
+        return ("lookup",), Pair(True, None, B, 0.0)
+    counts = part.g.new_zeros(part.size).index_add_(0, part.index.reshape(-1), weight.reshape(-1))
+    return ("lookup",), Pair(True, counts, B, float(weight.sum()))
+
+
+def _inputs(a: Tensor, weight: Tensor | None, together: bool) -> tuple[Tensor | None, float]:
+    """Σ a aᵀ `(G, I, I)` over examples and positions, or over examples with positions averaged; and the terms."""
+    if weight is None:
+        return None, 0.0
+    if together:
+        count = weight.sum(1)
+        mean = torch.einsum("bt,btgi->bgi", weight, a) / count.clamp(min=1)[:, None, None]
+        return _second_moment(mean.transpose(0, 1)), float((count > 0).sum())
+    rows = a.permute(2, 0, 1, 3).flatten(1, 2)  # (G, B·T, I)
+    if not bool(weight.all()):
+        rows = rows * weight.reshape(1, -1, 1)
+    return _second_moment(rows), float(weight.sum())
+
+
+def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
+    """`(B, T)`: 1 where a position counts. Positions in step with those of the targets follow them one by one."""
+    B, T = (part.a if isinstance(part, Outer) else part.index).shape[:2] if not isinstance(part, Shift) else (
+        part.g.shape[1:3]
+    )  # fmt: skip
+    if active.dim() == 2 and active.shape[1] == T:
+        return active.to(part.g.dtype)
+    return active.reshape(B, -1).any(1, keepdim=True).expand(B, T).to(part.g.dtype)
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    """Σ r rᵀ for rows `(G, n, d)` → `(G, d, d)`."""
+    return rows.transpose(1, 2) @ rows
