@@ -164,6 +164,7 @@ def grown_nystrom(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     shift: float = 0.0,
+    enough: Callable[[NystromApproximation], bool] | None = None,
 ) -> NystromApproximation:
     """Nyström approximation whose rank doubles until its smallest value is ≤ 10 δ, or `max_rank` is reached.
 
@@ -174,6 +175,7 @@ def grown_nystrom(
         delta: δ > 0, the damping that the preconditioner will be used with.
         max_rank: Most columns, 1 ≤ max_rank ≤ P.
         rank: Columns to start with.
+        enough: Asked after every doubling in place of the rule above; True ends the growth.
 
     The other arguments, errors and sources are `nystrom`'s; Frangella, Tropp and Udell (2023), section 5.4.
     """
@@ -194,7 +196,8 @@ def grown_nystrom(
         Y = torch.cat((Y, A(new) - shift * new), 1)
         Omega = torch.cat((Omega, new), 1)
         approximation = _assemble(Omega, Y, abs(shift), A.columns)
-        if float(approximation.values[-1]) <= 10 * delta or target >= max_rank:
+        done = float(approximation.values[-1]) <= 10 * delta if enough is None else enough(approximation)
+        if done or target >= max_rank:
             return approximation
         target = min(2 * target, max_rank)
 
