@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
-from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.base import LinearOperator, Scalar, number
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity, Zero, diagonal_of, is_diagonal, is_zero
 from curvops.operators.formula import Formula, scalar_text
@@ -262,12 +262,12 @@ class Scaled(LinearOperator):
 
     @property
     def is_psd(self) -> bool:
-        return self.operator.is_psd and float(self.factor) >= 0
+        return self.operator.is_psd and number(self.factor) >= 0
 
     @property
     def lower_bound(self) -> float | None:
         bound = self.operator.lower_bound
-        return None if bound is None or float(self.factor) < 0 else float(self.factor) * bound
+        return None if bound is None or number(self.factor) < 0 else number(self.factor) * bound
 
     def _matmat(self, V: Tensor) -> Tensor:
         return self.factor * self.operator._apply(V)
@@ -288,13 +288,13 @@ class Scaled(LinearOperator):
         return self.operator._solve(B) / self.factor
 
     def _logdet(self) -> Tensor:
-        if self._has_spectral() or float(self.factor) <= 0:
+        if self._has_spectral() or number(self.factor) <= 0:
             return self._spectral()._logdet()
         return self.operator._logdet() + self.shape[0] * self._log_factor()
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         sign, logabs = self.operator._slogdet()
-        flip = -1.0 if float(self.factor) < 0 and self.shape[0] % 2 else 1.0
+        flip = -1.0 if number(self.factor) < 0 and self.shape[0] % 2 else 1.0
         return flip * sign, logabs + self.shape[0] * self._log_factor()
 
     def _diagonal(self) -> Tensor:
@@ -313,11 +313,11 @@ class Scaled(LinearOperator):
         return self.factor * self.operator._dense()
 
     def _gram(self) -> LinearOperator | None:
-        gram = self.operator._gram() if float(self.factor) > 0 else None
+        gram = self.operator._gram() if number(self.factor) > 0 else None
         return None if gram is None else scale(self.factor, gram)
 
     def _factor(self) -> LinearOperator | None:
-        factor = self.operator._factor() if float(self.factor) > 0 else None
+        factor = self.operator._factor() if number(self.factor) > 0 else None
         return None if factor is None else scale(self._root(), factor)
 
     def _root(self) -> Scalar:

@@ -32,6 +32,11 @@ Scalar = float | Tensor
 Layout = Mapping[str, slice]
 
 
+def number(value: Scalar) -> float:
+    """A float or a 0-dim tensor as a float, outside autograd."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
 def verb(function: _F) -> _F:
     """Mark a public verb: networks inside the operator are checked for change when it starts and when it ends."""
 

@@ -57,7 +57,9 @@ class Deferred(LinearOperator):
         """The operator itself, computed now if it was not."""
         with self._lock:
             if self._content is None:
-                content = self.build()
+                # Kept for calls in every mode, so not made of inference tensors; gradients never reach a network.
+                with torch.inference_mode(False), torch.no_grad():
+                    content = self.build()
                 if content.shape != self.shape or content.dtype != self.dtype:
                     raise ShapeError(
                         f"{self!r} was built as {content!r} of shape {content.shape}, {content.dtype}; "
@@ -129,7 +131,21 @@ class Deferred(LinearOperator):
         return () if self.watch is None or self._content is not None else (self.watch,)
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return self.content()._to(dtype, device)
+        return Deferred(
+            lambda: self.content()._to(dtype, device),
+            self.kind,
+            self.shape,
+            dtype,
+            device,
+            label=self.label,
+            note=self.note,
+            watch=self.watch,
+            is_symmetric=self._symmetric,
+            is_psd=self._psd,
+            lower_bound=self._lower_bound,
+            layout=self._layout,
+            memory_budget=self.memory_budget,
+        )
 
     def release(self) -> None:
         super().release()

@@ -136,7 +136,7 @@ def definite_cholesky(M: Tensor) -> Tensor:
         low, high = float(values[0]), float(values[-1])
         if low <= 4 * size**0.5 * eps * high:
             raise NotPositiveDefiniteError(
-                f"the ({size}, {size}) matrix is singular to working precision: its smallest eigenvalue is {low:.3g}, its "
-                f"largest {high:.3g}; use add_diagonal(d) with d > {4 * size**0.5 * eps * high:.2g}, or float64."
+                f"the ({size}, {size}) matrix is singular to working precision: its smallest eigenvalue is {low:.3g}, "
+                f"its largest {high:.3g}; use add_diagonal(d) with d > {4 * size**0.5 * eps * high:.2g}, or float64."
             )
     return L

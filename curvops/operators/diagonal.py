@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError, UnsupportedError
 from curvops.operators import formula
-from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.base import LinearOperator, Scalar, number
 from curvops.operators.formula import Formula
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Identity(LinearOperator):
 
     @property
     def lower_bound(self) -> float:
-        return float(self.scale)
+        return number(self.scale)
 
     @property
     def is_psd(self) -> bool:
@@ -155,10 +155,10 @@ class Zero(LinearOperator):
         super().__init__(shape, dtype, device, is_symmetric=square, is_psd=square)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        return V.new_zeros(self.shape[0], V.shape[1])
+        return 0.0 * V.sum(0) + V.new_zeros(self.shape[0], 1)  # a gradient of zeros, as a dense matrix gives
 
     def _rmatmat(self, V: Tensor) -> Tensor:
-        return V.new_zeros(self.shape[1], V.shape[1])
+        return 0.0 * V.sum(0) + V.new_zeros(self.shape[1], 1)
 
     def _exact(self, verb_name: str) -> str | None:
         return "zero matrix" if verb_name == "dense" or self.is_symmetric else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, ShapeError
-from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.base import LinearOperator, Scalar, number
 from curvops.operators.diagonal import Identity
 from curvops.operators.formula import Formula, size_text
 
@@ -45,7 +45,7 @@ class Eigen(LinearOperator):
     @property
     def lower_bound(self) -> float:
         low = float(self.values.detach().min()) if len(self.values) else torch.inf
-        low = min(low, float(self.rest)) if self.thin else low
+        low = min(low, number(self.rest)) if self.thin else low
         return low if self.floor is None else max(low, self.floor)
 
     @property
@@ -133,8 +133,8 @@ class Eigen(LinearOperator):
     def _shift(self, delta: Scalar) -> Eigen:
         """`A + δI`. Eigenvalues that are negative by no more than rounding count as 0 below a positive δ."""
         low, floor, values = self.lower_bound, None, self.values
-        if float(delta) > 0 and low >= -self._tolerance():
-            values, floor = values.clamp_min(0.0) if low < 0 else values, float(delta) + max(low, 0.0)
+        if number(delta) > 0 and low >= -self._tolerance():
+            values, floor = values.clamp_min(0.0) if low < 0 else values, number(delta) + max(low, 0.0)
         return Eigen(self.Q, values + delta, self.rest + delta, floor=floor)
 
     def _holds_tensors(self) -> bool:
@@ -168,13 +168,13 @@ class Eigen(LinearOperator):
         if self.floor is not None and self.floor > 0:
             return 0.0
         largest = float(self.values.detach().abs().max()) if len(self.values) else 0.0
-        largest = max(largest, abs(float(self.rest))) if self.thin else largest
+        largest = max(largest, abs(number(self.rest))) if self.thin else largest
         return _rounding(self.Q) * largest
 
     def _is_singular(self) -> bool:
         magnitudes = self.values.detach().abs()
         smallest = float(magnitudes.min()) if len(magnitudes) else torch.inf
-        return min(smallest, abs(float(self.rest)) if self.thin else torch.inf) <= self._tolerance()
+        return min(smallest, abs(number(self.rest)) if self.thin else torch.inf) <= self._tolerance()
 
 
 def _rounding(Q: LinearOperator) -> float:

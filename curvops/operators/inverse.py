@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvops.operators.arithmetic import Scaled, scale
 from curvops.operators.autograd import linear_map
-from curvops.operators.base import LinearOperator
+from curvops.operators.base import LinearOperator, number
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.formula import Formula
@@ -25,7 +25,7 @@ def invert(operator: LinearOperator) -> LinearOperator:
         return operator.operator
     if isinstance(operator, Scaled):
         return scale(1.0 / operator.factor, invert(operator.operator))
-    if isinstance(operator, Identity) and float(operator.scale) != 0:
+    if isinstance(operator, Identity) and number(operator.scale) != 0:
         return Identity(operator.shape[0], operator.dtype, operator.device, 1.0 / operator.scale)
     if isinstance(operator, Diagonal) and bool((operator.d.detach() != 0).all()):
         return Diagonal(1.0 / operator.d)

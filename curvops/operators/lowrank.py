@@ -148,7 +148,7 @@ class LowRankPlusDiagonal(LinearOperator):
     def _logdet(self) -> Tensor:
         sign, logabs = self._slogdet()
         # An even number of negative eigenvalues keeps the sign, so inertia is read off the symmetric core.
-        if float(sign) <= 0 or (not self.low_rank.is_psd and self._has_negative_eigenvalue()):
+        if float(sign.detach()) <= 0 or (not self.low_rank.is_psd and self._has_negative_eigenvalue()):
             raise NotPositiveDefiniteError(
                 f"logdet of a low-rank plus diagonal matrix {self.shape}: it has an eigenvalue that is not positive."
             )

@@ -59,7 +59,8 @@ def check_operator(
     rows, columns = A.shape
     if max(rows, columns) > MAX_SIZE or min(rows, columns) < 1:
         raise ShapeError(
-            f"check_operator compares with dense matrices of 1 to {MAX_SIZE} rows and columns; {A!r} is {rows} x {columns}."
+            f"check_operator compares with dense matrices of 1 to {MAX_SIZE} rows and columns; {A!r} is "
+            f"{rows} x {columns}."
         )
     if dense is not None and tuple(dense.shape) != (rows, columns):
         raise ShapeError(f"check_operator: dense has shape {tuple(dense.shape)}, and {A!r} is {rows} x {columns}.")

@@ -70,7 +70,7 @@ class Parts:
         return self._symmetric(values + 0.25 * torch.sign(values + 0.01), seed)
 
     def psd(self, size: int, rank: int, seed: int = 0) -> Tensor:
-        """Positive semidefinite `(size, size)` of a rank, of whole numbers, so that it is singular in every precision."""
+        """Positive semidefinite `(size, size)` of a rank, of whole numbers: as singular in float32 as in float64."""
         U = (2 * _normal(size, rank, seed)).round()
         return self._rounded(U @ U.T)
 
@@ -142,14 +142,16 @@ def zoo() -> list[Case]:
         Case("identity", lambda m: Identity(5, m.dtype, m.device), lambda m: m.eye(5)),
         Case("scaled identity", lambda m: Identity(5, m.dtype, m.device, 0.25), lambda m: 0.25 * m.eye(5)),
         Case("zero", lambda m: Zero((4, 4), m.dtype, torch.device(m.device)), lambda m: 0 * m.eye(4)),
-        Case("zero, rectangular", lambda m: Zero((3, 5), m.dtype, torch.device(m.device)), lambda m: 0 * m.general(3, 5)),
+        Case("zero, rectangular", lambda m: Zero((3, 5), m.dtype, torch.device(m.device)),
+             lambda m: 0 * m.general(3, 5)),
         Case("Kronecker", lambda m: Kronecker(m.pd(3), m.pd(4)), lambda m: kron(m.pd(3), m.pd(4))),
         Case("Kronecker, one factor", lambda m: Kronecker(m.pd(4)), lambda m: m.pd(4)),
         Case("Kronecker, three factors", lambda m: Kronecker(m.pd(2), m.pd(3), m.pd(2, 1)),
              lambda m: kron(kron(m.pd(2), m.pd(3)), m.pd(2, 1))),
         Case("Kronecker, diagonal factor", lambda m: Kronecker(Diagonal(m.positive(3)), m.pd(4)),
              lambda m: kron(diag(m.positive(3)), m.pd(4))),
-        Case("Kronecker, damped factors", lambda m: Kronecker(_damped(Dense(m.psd(3, 1)), 0.5), _damped(Dense(m.pd(3)), 2.0)),
+        Case("Kronecker, damped factors",
+             lambda m: Kronecker(_damped(Dense(m.psd(3, 1)), 0.5), _damped(Dense(m.pd(3)), 2.0)),
              lambda m: kron(m.psd(3, 1) + 0.5 * m.eye(3), m.pd(3) + 2.0 * m.eye(3))),
         Case("Kronecker, singular", lambda m: Kronecker(Dense(m.psd(3, 2), is_psd=True), Dense(m.pd(3), is_psd=True)),
              lambda m: kron(m.psd(3, 2), m.pd(3))),
@@ -167,7 +169,8 @@ def zoo() -> list[Case]:
              lambda m: block_diag(m.pd(3), m.pd(1), kron(m.pd(2), m.pd(2, 1)))),
         Case("nested blocks", lambda m: BlockDiagonal(BlockDiagonal(m.pd(2), Diagonal(m.positive(2))), m.indefinite(3)),
              lambda m: block_diag(m.pd(2), diag(m.positive(2)), m.indefinite(3))),
-        Case("blocks of very different scales", lambda m: BlockDiagonal(2.0**-40 * Dense(m.pd(3)), 2.0**40 * Dense(m.pd(2))),
+        Case("blocks of very different scales",
+             lambda m: BlockDiagonal(2.0**-40 * Dense(m.pd(3)), 2.0**40 * Dense(m.pd(2))),
              lambda m: block_diag(2.0**-40 * m.pd(3), 2.0**40 * m.pd(2))),
         Case("blocks, not symmetric", lambda m: BlockDiagonal(m.general(3, 3), m.pd(2)),
              lambda m: block_diag(m.general(3, 3), m.pd(2))),
@@ -175,8 +178,9 @@ def zoo() -> list[Case]:
              lambda m: block_diag(m.pd(3), m.pd(2))),
         Case("Eigen", lambda m: Eigen(m.orthonormal(5), m.positive(5)),
              lambda m: (m.orthonormal(5) * m.positive(5)) @ m.orthonormal(5).T),
-        Case("Eigen in a Kronecker basis", lambda m: Eigen(Kronecker(m.orthonormal(2), m.orthonormal(3)), m.positive(6)),
-             lambda m: (kron(m.orthonormal(2), m.orthonormal(3)) * m.positive(6)) @ kron(m.orthonormal(2), m.orthonormal(3)).T),
+        Case("Eigen in a Kronecker basis",
+             lambda m: Eigen(Kronecker(m.orthonormal(2), m.orthonormal(3)), m.positive(6)),
+             lambda m: _congruence(kron(m.orthonormal(2), m.orthonormal(3)).T, diag(m.positive(6)))),
         Case("Eigen, thin", lambda m: Eigen(m.orthonormal(6, 3), m.positive(3)),
              lambda m: (m.orthonormal(6, 3) * m.positive(3)) @ m.orthonormal(6, 3).T),
         Case("Eigen, thin with a rest", lambda m: Eigen(m.orthonormal(6, 3), m.positive(3), 0.5),
@@ -186,7 +190,8 @@ def zoo() -> list[Case]:
              lambda m: (m.general(4, 9) * m.positive(9)) @ m.general(4, 9).T),
         Case("low rank, indefinite", lambda m: LowRank(m.general(6, 4), m.vector(4)),
              lambda m: (m.general(6, 4) * m.vector(4)) @ m.general(6, 4).T),
-        Case("closure, positive definite", lambda m: m.closure(m.pd(8), is_psd=True, lower_bound=0.45), lambda m: m.pd(8)),
+        Case("closure, positive definite", lambda m: m.closure(m.pd(8), is_psd=True, lower_bound=0.45),
+             lambda m: m.pd(8)),
         Case("closure, singular", lambda m: m.closure(m.psd(7, 4), is_psd=True), lambda m: m.psd(7, 4)),
         Case("closure, indefinite", lambda m: m.closure(m.indefinite(7), is_symmetric=True), lambda m: m.indefinite(7)),
         Case("closure, not symmetric", lambda m: m.closure(m.general(6, 6)), lambda m: m.general(6, 6)),
@@ -202,8 +207,10 @@ def zoo() -> list[Case]:
         Case("transpose", lambda m: m.closure(m.general(4, 6)).T, lambda m: m.general(4, 6).T),
         Case("transpose, square", lambda m: m.closure(m.general(5, 5)).T, lambda m: m.general(5, 5).T),
         Case("dense + δI", lambda m: _damped(Dense(m.indefinite(5)), 3.0), lambda m: m.indefinite(5) + 3.0 * m.eye(5)),
-        Case("Kronecker + δI", lambda m: _damped(Kronecker(m.pd(3), m.pd(2)), 0.5), lambda m: kron(m.pd(3), m.pd(2)) + 0.5 * m.eye(6)),
-        Case("singular Kronecker + δI", lambda m: _damped(Kronecker(Dense(m.psd(3, 1), is_psd=True), Dense(m.psd(3, 2), is_psd=True)), 0.5),
+        Case("Kronecker + δI", lambda m: _damped(Kronecker(m.pd(3), m.pd(2)), 0.5),
+             lambda m: kron(m.pd(3), m.pd(2)) + 0.5 * m.eye(6)),
+        Case("singular Kronecker + δI",
+             lambda m: _damped(Kronecker(Dense(m.psd(3, 1), is_psd=True), Dense(m.psd(3, 2), is_psd=True)), 0.5),
              lambda m: kron(m.psd(3, 1), m.psd(3, 2)) + 0.5 * m.eye(9)),
         Case("c Kronecker + δI", lambda m: _damped(0.25 * Kronecker(m.pd(3), m.pd(2)), 0.5),
              lambda m: 0.25 * kron(m.pd(3), m.pd(2)) + 0.5 * m.eye(6)),
@@ -217,27 +224,37 @@ def zoo() -> list[Case]:
              lambda m: m.general(7, 3) @ m.general(7, 3).T + diag(m.positive(7))),
         Case("low rank + δI", lambda m: _damped(LowRank(m.general(7, 3)), 0.5),
              lambda m: m.general(7, 3) @ m.general(7, 3).T + 0.5 * m.eye(7)),
-        Case("indefinite low rank + diagonal", lambda m: LowRank(m.general(6, 2), m.vector(2)) + Diagonal(m.positive(6)),
+        Case("indefinite low rank + diagonal",
+             lambda m: LowRank(m.general(6, 2), m.vector(2)) + Diagonal(m.positive(6)),
              lambda m: (m.general(6, 2) * m.vector(2)) @ m.general(6, 2).T + diag(m.positive(6))),
-        Case("low rank + low rank + δI", lambda m: _damped(LowRank(m.general(7, 2)) + LowRank(m.general(7, 2, 1)), 0.5),
-             lambda m: m.general(7, 2) @ m.general(7, 2).T + m.general(7, 2, 1) @ m.general(7, 2, 1).T + 0.5 * m.eye(7)),
-        Case("dense + diagonal", lambda m: Dense(m.pd(5)) + Diagonal(m.positive(5)), lambda m: m.pd(5) + diag(m.positive(5))),
-        Case("dense + low rank + closure", lambda m: Dense(m.pd(5)) + LowRank(m.general(5, 2)) + m.closure(m.pd(5, 1), is_psd=True),
+        Case("low rank + low rank + δI",
+             lambda m: _damped(LowRank(m.general(7, 2)) + LowRank(m.general(7, 2, 1)), 0.5),
+             lambda m: _square(m.general(7, 2)) + _square(m.general(7, 2, 1)) + 0.5 * m.eye(7)),
+        Case("dense + diagonal", lambda m: Dense(m.pd(5)) + Diagonal(m.positive(5)),
+             lambda m: m.pd(5) + diag(m.positive(5))),
+        Case("dense + low rank + closure",
+             lambda m: Dense(m.pd(5)) + LowRank(m.general(5, 2)) + m.closure(m.pd(5, 1), is_psd=True),
              lambda m: m.pd(5) + m.general(5, 2) @ m.general(5, 2).T + m.pd(5, 1)),
-        Case("closure + δI", lambda m: _damped(m.closure(m.psd(8, 5), is_psd=True), 0.5), lambda m: m.psd(8, 5) + 0.5 * m.eye(8)),
+        Case("closure + δI", lambda m: _damped(m.closure(m.psd(8, 5), is_psd=True), 0.5),
+             lambda m: m.psd(8, 5) + 0.5 * m.eye(8)),
         Case("closure + diagonal", lambda m: m.closure(m.psd(8, 5), is_psd=True) + Diagonal(m.positive(8)),
              lambda m: m.psd(8, 5) + diag(m.positive(8))),
-        Case("difference", lambda m: Kronecker(m.pd(3), m.pd(2)) - Dense(m.pd(6)), lambda m: kron(m.pd(3), m.pd(2)) - m.pd(6)),
+        Case("difference", lambda m: Kronecker(m.pd(3), m.pd(2)) - Dense(m.pd(6)),
+             lambda m: kron(m.pd(3), m.pd(2)) - m.pd(6)),
         Case("rectangular sum", lambda m: Dense(m.general(3, 5)) + 2.0 * m.closure(m.general(3, 5, 1)),
              lambda m: m.general(3, 5) + 2.0 * m.general(3, 5, 1)),
-        Case("negative multiple", lambda m: -0.5 * Kronecker(m.pd(3), m.pd(2)), lambda m: -0.5 * kron(m.pd(3), m.pd(2))),
+        Case("negative multiple", lambda m: -0.5 * Kronecker(m.pd(3), m.pd(2)),
+             lambda m: -0.5 * kron(m.pd(3), m.pd(2))),
         Case("multiple by a tensor", lambda m: m.positive(1)[0] * Dense(m.pd(4)), lambda m: m.positive(1)[0] * m.pd(4)),
-        Case("multiple of a closure", lambda m: 0.5 * m.closure(m.pd(5), is_psd=True, lower_bound=0.45), lambda m: 0.5 * m.pd(5)),
+        Case("multiple of a closure", lambda m: 0.5 * m.closure(m.pd(5), is_psd=True, lower_bound=0.45),
+             lambda m: 0.5 * m.pd(5)),
         Case("product", lambda m: Dense(m.pd(4)) @ Dense(m.general(4, 4)), lambda m: m.pd(4) @ m.general(4, 4)),
         Case("rectangular product", lambda m: Dense(m.general(3, 5)) @ m.closure(m.general(5, 4)),
              lambda m: m.general(3, 5) @ m.general(5, 4)),
-        Case("A Aᵀ of a closure", lambda m: _times_transpose(m.closure(m.general(4, 6))), lambda m: m.general(4, 6) @ m.general(4, 6).T),
-        Case("A Aᵀ of a matrix", lambda m: _times_transpose(Dense(m.general(4, 6))), lambda m: m.general(4, 6) @ m.general(4, 6).T),
+        Case("A Aᵀ of a closure", lambda m: _times_transpose(m.closure(m.general(4, 6))),
+             lambda m: m.general(4, 6) @ m.general(4, 6).T),
+        Case("A Aᵀ of a matrix", lambda m: _times_transpose(Dense(m.general(4, 6))),
+             lambda m: m.general(4, 6) @ m.general(4, 6).T),
         Case("Aᵀ M A", lambda m: _congruent(m.closure(m.general(6, 4)), m.closure(m.pd(6), is_psd=True)),
              lambda m: m.general(6, 4).T @ m.pd(6) @ m.general(6, 4)),
         Case("Kronecker times Kronecker", lambda m: Kronecker(m.pd(3), m.pd(2)) @ Kronecker(m.pd(3, 1), m.pd(2, 1)),
@@ -245,7 +262,8 @@ def zoo() -> list[Case]:
         Case("inverse", lambda m: Dense(m.pd(5)).inverse(), lambda m: inv(m.pd(5))),
         Case("inverse of Kronecker + δI", lambda m: _damped(Kronecker(m.pd(3), m.pd(2)), 0.5).inverse(),
              lambda m: inv(kron(m.pd(3), m.pd(2)) + 0.5 * m.eye(6))),
-        Case("inverse of blocks", lambda m: BlockDiagonal(m.pd(3), m.pd(2)).inverse(), lambda m: inv(block_diag(m.pd(3), m.pd(2)))),
+        Case("inverse of blocks", lambda m: BlockDiagonal(m.pd(3), m.pd(2)).inverse(),
+             lambda m: inv(block_diag(m.pd(3), m.pd(2)))),
         Case("inverse of a closure + δI", lambda m: _damped(m.closure(m.psd(6, 4), is_psd=True), 0.5).inverse(),
              lambda m: inv(m.psd(6, 4) + 0.5 * m.eye(6))),
         Case("inverse, not symmetric", lambda m: Dense(m.general(5, 5)).inverse(), lambda m: inv(m.general(5, 5))),
@@ -253,12 +271,15 @@ def zoo() -> list[Case]:
              lambda m: 2.0 * inv(m.pd(4)) + 0.5 * m.eye(4)),
         Case("deferred Kronecker", lambda m: m.deferred(Kronecker, lambda: Kronecker(m.pd(3), m.pd(2)), 6, True),
              lambda m: kron(m.pd(3), m.pd(2))),
-        Case("deferred dense", lambda m: m.deferred(Dense, lambda: Dense(m.indefinite(5)), 5, False), lambda m: m.indefinite(5)),
+        Case("deferred dense", lambda m: m.deferred(Dense, lambda: Dense(m.indefinite(5)), 5, False),
+             lambda m: m.indefinite(5)),
         Case("deferred diagonal", lambda m: m.deferred(Diagonal, lambda: Diagonal(m.positive(5)), 5, True),
              lambda m: diag(m.positive(5))),
-        Case("deferred diagonal + diagonal", lambda m: m.deferred(Diagonal, lambda: Diagonal(m.positive(5)), 5, True) + Diagonal(m.positive(5, 1)),
+        Case("deferred diagonal + diagonal",
+             lambda m: m.deferred(Diagonal, lambda: Diagonal(m.positive(5)), 5, True) + Diagonal(m.positive(5, 1)),
              lambda m: diag(m.positive(5) + m.positive(5, 1))),
-        Case("deferred low rank + δI", lambda m: _damped(m.deferred(LowRank, lambda: LowRank(m.general(6, 2)), 6, True), 0.5),
+        Case("deferred low rank + δI",
+             lambda m: _damped(m.deferred(LowRank, lambda: LowRank(m.general(6, 2)), 6, True), 0.5),
              lambda m: m.general(6, 2) @ m.general(6, 2).T + 0.5 * m.eye(6)),
         Case("deferred blocks + δI", lambda m: _damped(BlockDiagonal(
                  m.deferred(Kronecker, lambda: Kronecker(m.pd(2), m.pd(2, 1)), 4, True),
@@ -277,6 +298,14 @@ def _damped(operator: LinearOperator, delta: float) -> LinearOperator:
 
 def _times_transpose(operator: LinearOperator) -> LinearOperator:
     return operator @ operator.T
+
+
+def _square(M: Tensor) -> Tensor:
+    return M @ M.T
+
+
+def _congruence(A: Tensor, M: Tensor) -> Tensor:
+    return A.T @ M @ A
 
 
 def _congruent(A: LinearOperator, M: LinearOperator) -> LinearOperator:

@@ -22,6 +22,7 @@ from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.slq import slq_logdet
 from curvops.operators import methods
 from curvops.operators.autograd import with_gradient_of
+from curvops.operators.dense import definite_cholesky
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.routes.plan import (
     Plan,
@@ -107,7 +108,7 @@ def _cholesky(A: LinearOperator, reason: str) -> Plan:
     def run() -> tuple[Tensor, EstimateReport]:
         spent = counted(A)
         operator, note = resolvable(A)
-        L, _ = dense.cholesky(operator.to_dense(), jitter=False)
+        L = definite_cholesky(operator.to_dense())
         value = dense.logdet_cholesky(L)
         return value, exact_report(value, "dense Cholesky", reason + note, spent)
 

@@ -114,7 +114,16 @@ def resolvable(A: LinearOperator) -> tuple[LinearOperator, str]:
     norm, _ = spectral_norm(product(A), A.shape[0], rtol=0.1, dtype=A.dtype, device=A.device)
     if torch.finfo(torch.float32).eps / 2 * norm <= bound / 10:
         return A, ""
-    return A.to(torch.float64), f"; in float64, since u‖A‖ = {6e-8 * norm:.2g} is above a tenth of {bound:.2g}"
+    try:
+        twin = A.to(torch.float64)
+    except UnsupportedError as refusal:
+        if bound <= 0:
+            return A, ""  # nothing is proven: the factorisation has to find its eigenvalues above rounding
+        raise NotPositiveDefiniteError(
+            f"float32 products with {A!r} carry rounding of {6e-8 * norm:.2g}, above a tenth of its smallest "
+            f"eigenvalue {bound:.2g}, and it has no float64 twin ({refusal}); use float64, or a larger damping."
+        ) from None
+    return twin, f"; in float64, since u‖A‖ = {6e-8 * norm:.2g} is above a tenth of {bound:.2g}"
 
 
 def indefinite(A: LinearOperator, verb_name: str, reason: str) -> Plan:
@@ -129,8 +138,8 @@ def indefinite(A: LinearOperator, verb_name: str, reason: str) -> Plan:
         damping = max(-low, 0.0) + 1e-3 * max(abs(v) for v in values)
         raise NotPositiveDefiniteError(
             f"{verb_name}: {A!r} is not known to be positive definite, and the smallest eigenvalue met in "
-            f"{_LOOK} Lanczos steps is {low:.3g}; add_diagonal(δ) with δ above {damping:.2g} would do as far as was seen, "
-            f"and a GGN is positive semidefinite by construction."
+            f"{_LOOK} Lanczos steps is {low:.3g}; add_diagonal(δ) with δ above {damping:.2g} would do as far as was "
+            f"seen, and a GGN is positive semidefinite by construction."
         )
 
     return Plan("none", f"{reason}; not known to be positive definite", run, refused=True)

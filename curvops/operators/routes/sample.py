@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from curvops.errors import UnsupportedError
-from curvops.linalg import dense
 from curvops.linalg.cg import cg
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
+from curvops.operators.dense import definite_cholesky
 from curvops.operators.diagonal import diagonal_of
 from curvops.operators.functionspace import function_space
 from curvops.operators.routes import function
@@ -99,7 +99,7 @@ def _exact(A: LinearOperator, name: str, reason: str, draw: Callable[[Noise], Te
 def _cholesky(A: LinearOperator, reason: str) -> Plan:
     def draw(noise: Noise) -> Tensor:
         operator, _ = resolvable(A)
-        L, _ = dense.cholesky(operator.to_dense(), jitter=False)
+        L = definite_cholesky(operator.to_dense())
         E = noise(A.shape[0]).to(L.dtype)
         return torch.linalg.solve_triangular(L.T, E, upper=True).to(A.dtype)
 

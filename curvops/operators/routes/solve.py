@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvops.errors import NumericalWarning, ShapeError, UnsupportedError
+from curvops.errors import NotPositiveDefiniteError, NumericalWarning, ShapeError, UnsupportedError
 from curvops.linalg import dense
 from curvops.linalg.minres import minres
 from curvops.linalg.results import SolveReport, settle
@@ -102,8 +102,8 @@ def _by_cholesky(A: LinearOperator, B: Tensor) -> Tensor:
     L, jitter = dense.cholesky(A.to_dense())
     if jitter:
         warnings.warn(
-            f"Cholesky of {A!r} succeeded only with {jitter:.2g} added to the diagonal, which is rounding of its largest "
-            f"eigenvalue; the reported residual is that of the operator without it.",
+            f"Cholesky of {A!r} succeeded only with {jitter:.2g} added to the diagonal, which is rounding of its "
+            f"largest eigenvalue; the reported residual is that of the operator without it.",
             NumericalWarning,
             stacklevel=5,
         )
@@ -111,12 +111,17 @@ def _by_cholesky(A: LinearOperator, B: Tensor) -> Tensor:
 
 
 def _direct(A: LinearOperator, name: str, reason: str, solver: Callable[[Tensor], Tensor]) -> Plan:
-    """A factorisation's answer, held to the same residual as an iterative one, with one step of refinement if need be."""
+    """A factorisation's answer, held to the residual of an iterative one, with a step of refinement if need be."""
 
     def run(B: Tensor) -> Solution:
         spent = counted(A)
         rtol = methods.SOLVE_RTOL[A.dtype]
-        X = solver(B)
+        try:
+            X = solver(B)
+        except torch.linalg.LinAlgError as error:
+            raise NotPositiveDefiniteError(
+                f"solve: {A!r} is singular ({error}); add a diagonal, or use scipy.sparse.linalg.lsmr on A.to_scipy()."
+            ) from None
         with torch.no_grad():
             residual = _relative_residual(A, X.detach(), B.detach())
             missed = not bool((residual <= rtol).all())
@@ -165,7 +170,8 @@ def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: s
 _ADVICE = {
     "CG": "Raise max_iters or rtol, give a preconditioner (Nystrom()), use Cholesky() if P allows, or "
     'on_failure="warn" to take the best x.',
-    "MINRES": 'Raise max_iters or rtol, add a diagonal, use Eigh() if P allows, or on_failure="warn" to take the best x.',
+    "MINRES": "Raise max_iters or rtol, add a diagonal, use Eigh() if P allows, or "
+    'on_failure="warn" to take the best x.',
 }
 
 

@@ -1,4 +1,4 @@
-"""Laws of behaviour: words compute nothing, copies are private, modes are the caller's, nothing of the user's changes."""
+"""Laws of behaviour: words compute nothing, copies are private, modes are the caller's, no global state changes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pickled_copies_are_equal(s: Subject) -> None:
 
 def converted_copies_are_private(s: Subject) -> None:
     """`.to(dtype)` gives the same matrix in another dtype, and leaves the operator as it was; or refuses clearly."""
-    line, dtype = repr(s.A), s.A.dtype
+    dtype = s.A.dtype
     other = torch.float32 if dtype == torch.float64 else torch.float64
     v = s.vector(s.M.shape[1], 22)
     try:
@@ -88,7 +88,7 @@ def converted_copies_are_private(s: Subject) -> None:
     s.require(product.dtype == other, f".to({other}) multiplies in {product.dtype}")
     scale = s.norm * float(v.norm())
     s.close(product, s.M @ v.cpu().double(), scale, f".to({other}) @ v", max(1.0, 1e-5 / s.rtol))
-    s.require(s.A.dtype == dtype and repr(s.A) == line, ".to() changed the operator itself")
+    s.require(s.A.dtype == dtype, ".to() changed the operator itself")
     s.close(s.A @ v, s.M @ v.cpu().double(), scale, "A v after .to()")
     s.require(s.A.to(s.A.device).dtype == dtype, ".to(device) changed the dtype")
 

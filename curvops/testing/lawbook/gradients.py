@@ -50,7 +50,7 @@ def gradients_of_solves_and_determinants(s: Subject) -> None:
     eye = torch.eye(size, dtype=torch.float64)
     c = torch.tensor(1.5, dtype=s.A.dtype, device=s.A.device)
     # A shift that makes any operator well conditioned, so that rounding cannot excuse a wrong gradient.
-    shift = 2.0 * s.norm
+    shift = 2.0 * max(s.norm, 1e-3)
     for delta in (torch.tensor(shift), shift * (1.0 + s.vector(size, 37).abs())):
         delta = delta.to(s.A.device, s.A.dtype)
 
@@ -90,12 +90,12 @@ def _compare(
 ) -> None:
     mine = [a.detach().clone().requires_grad_() for a in arguments]
     theirs = [a.detach().cpu().double().requires_grad_() for a in arguments]
-    got = torch.autograd.grad(ours(*mine), mine, allow_unused=True)
+    value = ours(*mine)
+    got = torch.autograd.grad(value, mine, allow_unused=True) if value.requires_grad else [None] * len(mine)
     expected = torch.autograd.grad(dense(*theirs), theirs)
     for index, (g, e) in enumerate(zip(got, expected, strict=True)):
-        s.require(g is not None, f"{what}: no gradient reaches argument {index}")
-        assert g is not None
-        s.close(g, e, scale * len(e.reshape(-1)) ** 0.5, f"gradient of {what} in argument {index}", slack)
+        reached = torch.zeros_like(e) if g is None else g  # autograd's way of saying zero, for the matrix to confirm
+        s.close(reached, e, scale * len(e.reshape(-1)) ** 0.5, f"gradient of {what} in argument {index}", slack)
 
 
 LAWS = (gradients_of_products, gradients_of_solves_and_determinants)

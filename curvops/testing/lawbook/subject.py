@@ -69,6 +69,15 @@ class Subject:
         low = float(values.min())
         return float(values.max()) / low if low > self.rounding else torch.inf
 
+    @property
+    def is_singular(self) -> bool:
+        """Whether the symmetric M is singular however its rows and columns are scaled, which a wide range is not."""
+        d = self.M.diagonal().abs()
+        if not bool((d > 0).all()):
+            return True
+        values = torch.linalg.eigvalsh(self.M / (d[:, None] * d).sqrt()).abs()
+        return float(values.min()) <= 10 * len(d) * self.eps * float(values.max())
+
     def solve_slack(self) -> float:
         """Error of a solve in units of rtol‖A⁻¹‖‖b‖: rounding, and what an iterative route may leave."""
         _, report = self.A.solve(self.A @ self.vector(self.M.shape[1]), return_report=True)
