@@ -47,7 +47,7 @@ class _Kept(NamedTuple):
 class DataOperator(LinearOperator):
     """An operator over a network and a data set; a subclass writes `_build` for one batch, and its products.
 
-    Memory: half of the budget is for kept linearisations, of as many batches, from the first, as fit (`cache="auto"`),
+    Memory: half of the budget is for kept linearisations, of the batches that still fit as they come (`cache="auto"`),
     of all (True) or none (False); the others are computed again in each product. A quarter is for the transients of
     many columns, the rest for the graph being built and for vectors. A data set whose batches are all kept is not read
     again.

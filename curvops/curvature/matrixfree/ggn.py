@@ -46,6 +46,9 @@ class LinearPiece:
 class GaussNewton(DataOperator):
     """`Σ over data of Jᵀ Λ J`; a subclass says what Λ is by `_form`."""
 
+    function_space_size: int | None = None
+    """Rows of B in `BᵀB`, once a forward has told them."""
+
     def _form(self, batch: Batch, f: Tensor) -> Form:
         """Λ on the batch's outputs f."""
         raise NotImplementedError

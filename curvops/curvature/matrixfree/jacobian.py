@@ -163,14 +163,14 @@ def known_function_space_size(curvature: GaussNewton) -> int | None:
     shapes = curvature.objective.record.shapes
     if shapes is not None:
         return sum(rows_of(curvature, shape) for shape in shapes)
-    return curvature._cache.get("function_space_size")
+    return curvature.function_space_size
 
 
 def function_space_size(curvature: GaussNewton) -> int:
     """n; where it is not known yet by one forward of the first batch, or of all where that does not tell."""
     known = known_function_space_size(curvature)
     if known is None:
-        known = curvature._cache["function_space_size"] = _counted(curvature)
+        known = curvature.function_space_size = _counted(curvature)
     return known
 
 

@@ -50,6 +50,8 @@ _PLANS = {
 
 def explain(operator: LinearOperator, verb_name: str) -> str:
     """`verb: algorithm (reason)`, or why the verb would refuse."""
+    if verb_name not in ("matvec", "matmat", "rmatvec") and None in operator._known_shape():
+        return f"{verb_name}: decided by the shape, which the first forward pass finds (read A.shape first)"
     if verb_name == "to_dense":
         route = operator._exact("dense")
         return f"to_dense: {route}" if route else f"to_dense: products with {operator.shape[1]:,} unit columns"
