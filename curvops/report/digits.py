@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvops.errors import ConvergenceError
 from curvops.nets.likelihoods import resolve
-from curvops.report.extras import require
+from curvops.extras import require
 from curvops.report.subject import Subject
 
 TEST_SIZE = 540

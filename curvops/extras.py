@@ -1,4 +1,4 @@
-"""Which optional dependencies are there, and the sentence for one that is not."""
+"""Optional dependencies: which there are, and the sentence for one that is not installed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from curvops.errors import MissingExtraError
 
 EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "plot": (("matplotlib", "matplotlib"),),
-    "report": (("jinja2", "jinja2"), ("sklearn", "scikit-learn")),
+    "report": (("matplotlib", "matplotlib"), ("jinja2", "jinja2"), ("sklearn", "scikit-learn")),
     "asdl": (("asdl", "asdfghjkl"),),
     "laplace": (("laplace", "laplace-torch"),),
     "hf": (("transformers", "transformers"),),
     "notebooks": (("jupytext", "jupytext"), ("nbmake", "nbmake"), ("ipykernel", "ipykernel")),
 }
 """Extra → (importable module, distribution) pairs that it adds."""
-
-CORE = ("torch", "numpy", "scipy", "curvlinops-for-pytorch", "backpack-for-pytorch", "linear_operator", "jaxtyping")
-"""Distributions that every installation has."""
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -30,9 +27,11 @@ def require(module: str, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise
         raise MissingExtraError(
-            f"{module} is not installed, and this needs it; run: pip install 'curvops[{extra}]'"
+            f"{module.partition('.')[0]} is not installed, and this needs it; run: pip install 'curvops[{extra}]'"
         ) from error
 
 
