@@ -38,7 +38,7 @@ class Settings:
     eigenvalues: int = 10
     samples: int = 100
     probes: int = 10
-    steps: int = 100
+    steps: int = 200
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < float("inf"):
