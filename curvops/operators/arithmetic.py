@@ -389,7 +389,8 @@ class Product(LinearOperator):
 
     def _exact(self, verb_name: str) -> str | None:
         if verb_name in ("solve", "slogdet"):
-            square = all(factor.shape[0] == factor.shape[1] for factor in self.factors)
+            shapes = [factor._known_shape() for factor in self.factors]
+            square = all(rows == columns and rows is not None for rows, columns in shapes)
             return "factor by factor" if square and all(f._exact(verb_name) for f in self.factors) else None
         return None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import Layout, LinearOperator, Scalar
-from curvops.operators.dense import as_operator
+from curvops.operators.dense import as_operator, dense_copy, dense_route
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.formula import Formula
 
@@ -69,7 +69,7 @@ class BlockDiagonal(LinearOperator):
     def _exact(self, verb_name: str) -> str | None:
         if verb_name == "dense":
             return "block by block"
-        routes = [block._exact(verb_name) for block in self.blocks]
+        routes = [block._exact(verb_name) or dense_route(block) for block in self.blocks]
         if any(route is None for route in routes):
             return None
         return f"block by block: {', '.join(dict.fromkeys(str(route) for route in routes))}"
@@ -84,29 +84,29 @@ class BlockDiagonal(LinearOperator):
         return Eigen(BlockDiagonal(*(part.Q for part in parts)), torch.cat([part.values for part in parts]))
 
     def _solve(self, B: Tensor) -> Tensor:
-        return torch.cat([block._solve(part) for block, part in self._split(B)])
+        return torch.cat([block._solve(part) for block, part in self._split(B, "solve")])
 
     def _logdet(self) -> Tensor:
-        return torch.stack([block._logdet() for block in self.blocks]).sum()
+        return torch.stack([block._logdet() for block in self._closed("logdet")]).sum()
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
-        signs, logs = zip(*(block._slogdet() for block in self.blocks), strict=True)
+        signs, logs = zip(*(block._slogdet() for block in self._closed("slogdet")), strict=True)
         return torch.stack(signs).prod(), torch.stack(logs).sum()
 
     def _diagonal(self) -> Tensor:
-        return torch.cat([block._diagonal() for block in self.blocks])
+        return torch.cat([block._diagonal() for block in self._closed("diagonal")])
 
     def _trace(self) -> Tensor:
-        return torch.stack([block._trace() for block in self.blocks]).sum()
+        return torch.stack([block._trace() for block in self._closed("trace")]).sum()
 
     def _function(self, f: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
-        return torch.cat([block._function(f, part) for block, part in self._split(V)])
+        return torch.cat([block._function(f, part) for block, part in self._split(V, "function")])
 
     def _inverse_root(self, E: Tensor) -> Tensor:
-        return torch.cat([block._inverse_root(part) for block, part in self._split(E)])
+        return torch.cat([block._inverse_root(part) for block, part in self._split(E, "sample")])
 
     def _power_apply(self, power: float, V: Tensor) -> Tensor:
-        return torch.cat([block._power_apply(power, part) for block, part in self._split(V)])
+        return torch.cat([block._power_apply(power, part) for block, part in self._split(V, "function")])
 
     def _dense(self) -> Tensor:
         return torch.block_diag(*(block._dense() for block in self.blocks))
@@ -146,8 +146,13 @@ class BlockDiagonal(LinearOperator):
     def _formula(self) -> Formula:
         return Formula("group", "BlockDiagonal", tuple(block._formula() for block in self.blocks))
 
-    def _split(self, V: Tensor) -> Iterator[tuple[LinearOperator, Tensor]]:
-        return zip(self.blocks, V.split(self.sizes), strict=True)
+    def _split(self, V: Tensor, verb_name: str = "matvec") -> Iterator[tuple[LinearOperator, Tensor]]:
+        blocks = self.blocks if verb_name == "matvec" else self._closed(verb_name)
+        return zip(blocks, V.split(self.sizes), strict=True)
+
+    def _closed(self, verb_name: str) -> tuple[LinearOperator, ...]:
+        """The blocks, each with a closed form for a verb: its own, or that of a dense copy."""
+        return tuple(block if block._exact(verb_name) else dense_copy(block) for block in self.blocks)
 
     def _parts_of(self, other: LinearOperator) -> list[LinearOperator] | None:
         """`other` cut into diagonal blocks of our sizes, or None where it has entries outside them."""

@@ -26,7 +26,8 @@ class Dense(LinearOperator):
 
     def __init__(self, M: Tensor, *, is_symmetric: bool | None = None, is_psd: bool = False) -> None:
         if not isinstance(M, Tensor) or M.dim() != 2:
-            raise ShapeError(f"Dense expects a matrix (rows, columns), got {getattr(M, 'shape', type(M).__name__)}.")
+            given = f"shape {tuple(M.shape)}" if isinstance(M, Tensor) else type(M).__name__
+            raise ShapeError(f"Dense expects a matrix (rows, columns), got {given}.")
         super().__init__((M.shape[0], M.shape[1]), M.dtype, M.device, is_psd=is_psd)
         self.M = M
         self._symmetry: bool | None = True if is_psd else is_symmetric
@@ -119,6 +120,18 @@ class Dense(LinearOperator):
 def as_operator(matrix: Tensor | LinearOperator) -> LinearOperator:
     """An operator as it is, a matrix as `Dense`."""
     return matrix if isinstance(matrix, LinearOperator) else Dense(matrix)
+
+
+def dense_route(part: LinearOperator) -> str | None:
+    """What answers for a part of a structure that has no closed form: a dense copy, if it is made of tensors and fits."""
+    from curvops.operators.routes.plan import dense_is_affordable
+
+    return "dense copy" if part._holds_tensors() and dense_is_affordable(part) else None
+
+
+def dense_copy(part: LinearOperator) -> Dense:
+    """The part as a dense matrix."""
+    return Dense(part.to_dense(), is_symmetric=part.is_symmetric, is_psd=part.is_psd)
 
 
 def definite_cholesky(M: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator
-from curvops.operators.dense import as_operator
+from curvops.operators.dense import as_operator, dense_copy, dense_route
 from curvops.operators.formula import Formula, times_text
 
 if TYPE_CHECKING:
@@ -72,12 +72,13 @@ class Kronecker(LinearOperator):
         return "factor by factor" if verb_name in ("solve", "slogdet") and every_factor else None
 
     def _has_spectral(self) -> bool:
-        return self.is_symmetric and all(factor._has_spectral() for factor in self.factors)
+        return self.is_symmetric and all(factor._has_spectral() or dense_route(factor) for factor in self.factors)
 
     def _spectral(self) -> Eigen:
         from curvops.operators.eigen import Eigen
 
-        parts = [factor._spectral() for factor in self.factors]
+        closed = (factor if factor._has_spectral() else dense_copy(factor) for factor in self.factors)
+        parts = [factor._spectral() for factor in closed]
         values = parts[0].values
         for part in parts[1:]:
             values = torch.kron(values, part.values)

@@ -31,7 +31,8 @@ class LowRank(LinearOperator):
 
     def __init__(self, U: Tensor, s: Tensor | None = None, *, captured: float | None = None) -> None:
         if not isinstance(U, Tensor) or U.dim() != 2:
-            raise ShapeError(f"LowRank expects U of shape (P, r), got {getattr(U, 'shape', type(U).__name__)}.")
+            given = f"shape {tuple(U.shape)}" if isinstance(U, Tensor) else type(U).__name__
+            raise ShapeError(f"LowRank expects U of shape (P, r), got {given}.")
         s = U.new_ones(U.shape[1]) if s is None else s
         if tuple(s.shape) != (U.shape[1],):
             raise ShapeError(

@@ -29,7 +29,7 @@ class Method:
                 continue
             if name in ("rtol", "atol") and not value > 0:
                 raise ValueError(f"{type(self).__name__}({name}={value}): expected a number above 0.")
-            if name in ("probes", "steps", "rank", "max_iters") and (isinstance(value, bool) or value < 1):
+            if name in ("probes", "steps", "rank", "max_iters") and not (type(value) is int and value >= 1):
                 raise ValueError(f"{type(self).__name__}({name}={value}): expected a whole number of at least 1.")
             if name == "on_failure" and value not in ("raise", "warn"):
                 raise ValueError(f'{type(self).__name__}(on_failure={value!r}): expected "raise" or "warn".')

@@ -60,6 +60,8 @@ def explain(operator: LinearOperator, verb_name: str) -> str:
     if verb_name not in _PLANS:
         raise ValueError(f"explain({verb_name!r}): expected one of {[*_PLANS, 'to_dense', 'matvec']}.")
     try:
+        if verb_name not in ("frobenius_norm", "spectral_norm"):
+            operator._require_square(verb_name)
         plan = _PLANS[verb_name](operator)
     except CurvopsError as refusal:
         return f"{verb_name}: refused: {refusal}"

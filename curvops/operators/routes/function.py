@@ -58,6 +58,8 @@ def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None) -> Pl
 
 def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -> Plan:
     """The plan for `A^power v`, power ±½: definiteness is checked by the exact routes and required by Lanczos."""
+    if not isinstance(method, methods.Eigh | methods.Lanczos | None):
+        raise refuse_method("sqrt_matvec" if power > 0 else "inv_sqrt_matvec", method, "Eigh", "Lanczos")
     closed_form = A._exact("function")
     if method is None and closed_form:
         return _exact(A, closed_form, "closed form of the structure", lambda V: A._power_apply(power, V))
