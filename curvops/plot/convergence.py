@@ -60,7 +60,9 @@ def convergence(
     else:
         ax.set_ylabel("estimate")
         if exact is not None:
-            ax.axhline(exact, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"exact: {exact:,.6g}".replace("-", "−"))
+            ax.axhline(
+                exact, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"exact: {exact:,.6g}".replace("-", "−")
+            )
     legend(ax)
     return ax
 

@@ -37,14 +37,18 @@ def evidence(
     """
     x, value = array(deltas), array(curve.value)
     if x.shape != value.shape or x.ndim != 1:
-        raise ShapeError(f"evidence: {x.shape} prior precisions for a curve of shape {value.shape}; expected (d,) each.")
+        raise ShapeError(
+            f"evidence: {x.shape} prior precisions for a curve of shape {value.shape}; expected (d,) each."
+        )
     ax = axes(ax)
     half, low, high = array(curve.half_width), array(curve.bracket[0]), array(curve.bracket[1])
     colour = COLOURS[0]
     ax.fill_between(x, value - half, value + half, color=colour, alpha=0.18, linewidth=0,
                     label="95 % interval, probes and quadrature")  # fmt: skip
     ax.fill_between(x, low, high, color=colour, alpha=0.45, linewidth=0, label="quadrature bracket alone")
-    ax.plot(x, value, color=colour, linewidth=1.8, label=f"{curve.probes} probes × {curve.steps} steps, every δ at once")
+    ax.plot(
+        x, value, color=colour, linewidth=1.8, label=f"{curve.probes} probes × {curve.steps} steps, every δ at once"
+    )
     if exact is not None:
         ax.plot(x, array(exact), linestyle="none", marker="o", markersize=3.2, color=COLOURS[1], label="exact")
     if optimum is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curvops.extras import require
 from curvops.linalg.results import Eigenpairs
 from curvops.plot.canvas import array, axes, legend, named
 
@@ -44,7 +45,7 @@ def scree(
     values = np.concatenate(every)
     if len(values) and values.min() > 0:
         ax.set_yscale("log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator(integer=True))
     ax.set_xlabel("number of the eigenvalue, from the largest")
     ax.set_ylabel("eigenvalue λ")
     legend(ax)

@@ -102,6 +102,7 @@ def density(result: Spectrum, grid: Tensor, knee: float, width: float) -> tuple[
     gaps = nodes.diff(dim=1)
     edges = torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1)
     unresolved = weights / (weights + _FEW) * torch.maximum(*edges)
+    unresolved[result.rules.exact.to(unresolved.device)] = 0.0
     widths = unresolved.clamp(min=width, max=0.5)[:, None, :]
 
     def bumps(centres: Tensor) -> Tensor:

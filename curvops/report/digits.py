@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor, nn
 
 from curvops.errors import ConvergenceError
-from curvops.nets.likelihoods import resolve
 from curvops.extras import require
+from curvops.nets.likelihoods import resolve
 from curvops.report.subject import Subject
 
 TEST_SIZE = 540
@@ -24,7 +25,11 @@ def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    bundle = require("sklearn.datasets", "report").load_digits()
+    state = random.getstate()
+    try:
+        bundle = require("sklearn.datasets", "report").load_digits()
+    finally:
+        random.setstate(state)  # importing scikit-learn draws from it
     x = torch.as_tensor(bundle.data, dtype=torch.float64) / 16
     y = torch.as_tensor(bundle.target, dtype=torch.long)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))

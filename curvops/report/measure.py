@@ -121,9 +121,7 @@ def measure(subject: Subject, settings: Settings) -> Measurements:
         solution, solve = damped.solve(rhs, CG(on_failure="warn"), return_report=True)
         posterior = Gaussian(objective.selection.vector(), damped, settings.generator(3))
         predictions = spread(posterior, subject.model, subject.inputs, objective.likelihood.name, settings.samples)
-        spectra = [
-            H.spectrum(settings.probes, settings.steps, generator=settings.generator(4)) for H in (ggn, hessian)
-        ]
+        spectra = [H.spectrum(settings.probes, settings.steps, generator=settings.generator(4)) for H in (ggn, hessian)]
     ours = [w for w in caught if issubclass(w.category, NumericalWarning)]
     for other in (w for w in caught if w not in ours):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)

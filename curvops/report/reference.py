@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvops.curvature.objective import Objective
 from curvops.nets.batches import Batch
-from curvops.nets.forward import take
+from curvops.nets.forward import Inputs, take
 
 MAX_PARAMETERS = 2500
 MAX_ROWS = 50_000
@@ -93,7 +93,7 @@ def _jacobians(objective: Objective) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         objective.observe(batch, torch.cat(outputs))
 
 
-def _groups(batch: Batch) -> Iterator[tuple[object, Tensor]]:
+def _groups(batch: Batch) -> Iterator[tuple[Inputs, Tensor]]:
     size = len(batch.y)
     for start in range(0, size, _GROUP):
         stop = min(start + _GROUP, size)

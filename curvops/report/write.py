@@ -28,7 +28,9 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write the report to {folder}: {error.strerror or error}; choose another --out.") from error
+        raise DataError(
+            f"cannot write the report to {folder}: {error.strerror or error}; choose another --out."
+        ) from error
 
 
 def report(
