@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from curvops.curvature.exact_diagonal import deferred_diagonal, diagonal_of_rows
+from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.interface import CurvatureInterface
 from curvops.curvature.matrixfree.fisher import EmpiricalFisher
 from curvops.curvature.objective import Objective
-from curvops.nets.batches import Batch
+from curvops.curvature.structured.diagonal import DiagonalEF
 from curvops.operators.base import LinearOperator
 
 
@@ -26,14 +24,10 @@ class EFInterface(CurvatureInterface):
             `CurvatureInterface`.
     """
 
+    _fisher = "empirical"
+
     def _full(self, objective: Objective) -> LinearOperator:
         return (1.0 / self.factor) * EmpiricalFisher.of(objective)
 
     def _diag(self, objective: Objective) -> LinearOperator:
-        likelihood, factor = self._likelihood, self.factor
-
-        def root(batch: Batch, f: Tensor) -> tuple[Tensor, None]:
-            return likelihood.gradient(f, batch.y).unsqueeze(-1) / factor**0.5, None
-
-        curvature = EmpiricalFisher.of(objective)
-        return deferred_diagonal(curvature, lambda: diagonal_of_rows(objective, root), is_psd=True)
+        return (1.0 / self.factor) * DiagonalEF.of(objective, Cotangents("empirical"))

@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvops.curvature.exact_diagonal import deferred_diagonal, diagonal_of_rows, hessian_root
+from curvops.curvature.cotangents import Cotangents, FisherKind
 from curvops.curvature.interface import CurvatureInterface
-from curvops.curvature.matrixfree.fisher import MCFisher
-from curvops.curvature.matrixfree.ggn import GGN, GaussNewton
 from curvops.curvature.objective import Objective
+from curvops.curvature.structured.diagonal import DiagonalGGN
 from curvops.errors import UnsupportedError
-from curvops.nets.batches import Batch
 from curvops.nets.categorical import Categorical
 from curvops.nets.likelihoods import Bernoulli, Normal
 from curvops.operators.base import LinearOperator
@@ -57,24 +55,22 @@ class GGNInterface(CurvatureInterface):
             raise ValueError(f"num_samples={num_samples!r}: expected a whole number of at least 1.")
         self.stochastic, self.num_samples = bool(stochastic), num_samples
 
-    def _curvature(self, objective: Objective) -> GaussNewton:
-        if self.stochastic:
-            return MCFisher.of(objective, num_samples=self.num_samples, seed=self._seed())
-        return GGN.of(objective)
+    @property
+    def _fisher(self) -> FisherKind:  # type: ignore[override]
+        return "mc" if self.stochastic else "exact"
 
     def _full(self, objective: Objective) -> LinearOperator:
-        return self._curvature(objective)
+        return self._cotangents().operator(objective)
 
     def _diag(self, objective: Objective) -> LinearOperator:
-        curvature = self._curvature(objective)
-        likelihood = self._likelihood
+        self._require_root(self._fisher)
+        return DiagonalGGN.of(objective, self._cotangents())
 
-        def root(batch: Batch, f: Tensor) -> tuple[Tensor, Tensor | None]:
-            if isinstance(curvature, MCFisher):
-                return mc_root(curvature, batch, f), None
-            return hessian_root(likelihood, f, batch.y)
-
-        return deferred_diagonal(curvature, lambda: diagonal_of_rows(objective, root), is_psd=curvature.is_psd)
+    def _cotangents(self) -> Cotangents:
+        """What is pulled back: the root of Λ, or draws from a fresh seed."""
+        if self.stochastic:
+            return Cotangents("mc", self.num_samples, self._seed())
+        return Cotangents("exact")
 
     def _get_mc_functional_fisher(self, f: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C C"]:
         """Fisher of the outputs by sampling: the mean of g gᵀ, g = ∇_f(−log p(ŷ | f)), over `num_samples` draws.
@@ -102,16 +98,6 @@ class GGNInterface(CurvatureInterface):
         if isinstance(self._likelihood, Normal) and self._likelihood.sigma == 1.0:
             return None
         return self._likelihood.output_hessian(f, _stand_in_targets(self.likelihood, self._likelihood, f))
-
-
-def mc_root(curvature: MCFisher, batch: Batch, f: Tensor) -> Tensor:
-    """`(B[, T], C, S)`: the draws of a Monte-Carlo Fisher for one batch, divided by √S."""
-    assert curvature.objective.likelihood is not None
-    draw = curvature.objective.likelihood.pseudo_gradients_at
-    draws = [
-        draw(f, batch.y, seed=curvature.seed, position=batch.position, sample=s) for s in range(curvature.num_samples)
-    ]
-    return torch.stack(draws, -1) / math.sqrt(curvature.num_samples)
 
 
 def _stand_in_targets(given: Any, likelihood: Any, f: Tensor) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from curvops.curvature.exact_diagonal import deferred_diagonal, diagonal_of_columns
 from curvops.curvature.interface import CurvatureInterface
 from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.objective import Objective
+from curvops.curvature.structured.diagonal import DiagonalHessian
 from curvops.operators.base import LinearOperator
 
 
 class HessianInterface(CurvatureInterface):
     """`factor` times the Hessian of `lossfunc`: the exact Hessian of −log p, indefinite in general; native.
 
-    `diag` is exact and reads all P columns: P products of about two gradients each. `full(…)[1].diagonal()` estimates
-    it to a stated error at less cost.
+    `diag` is exact (P products of about two gradients each) where a dense copy is affordable, otherwise estimated to
+    5 % in the 2-norm; its `describe()` and `report` say which. `kron` is refused: a Hessian has no such factors.
 
     Args:
         model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, generator: As for
@@ -24,5 +24,4 @@ class HessianInterface(CurvatureInterface):
         return Hessian.of(objective)
 
     def _diag(self, objective: Objective) -> LinearOperator:
-        curvature = Hessian.of(objective)
-        return deferred_diagonal(curvature, lambda: diagonal_of_columns(curvature), is_psd=False)
+        return DiagonalHessian.of(objective)

@@ -1,7 +1,7 @@
 """The interface of `laplace.curvature`: names, argument order and scales of old, with lazy operators as results.
 
-What every curvature shares: the model and its parameters, losses, Jacobians and gradients. `ggn`, `ef` and `hessian`
-hold the native curvatures, `backends` those that another library computes.
+What every curvature shares: losses, Jacobians, gradients. `ggn`, `ef` and `hessian` hold the native curvatures,
+`backends` those that another library computes.
 
 Scales: `loss` is `factor · lossfunc = Σ −log p` without constants, summed over the batch and over the positions of a
 sequence; `gradients` returns gradients and sum of the unscaled `lossfunc`.
@@ -9,30 +9,24 @@ sequence; `gradients` returns gradients and sum of the unscaled `lossfunc`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from curvops.curvature.cotangents import Cotangents, FisherKind
 from curvops.curvature.objective import Objective
+from curvops.curvature.structured.kfac import KFAC
+from curvops.curvature.structured.statistics import Approx
+from curvops.curvature.subject import Inputs, Subject, find_last_layer
 from curvops.errors import DataError, ShapeError, UnsupportedError
-from curvops.linalg.probes import resolve_seed
-from curvops.memory import default_budget, require
-from curvops.nets.data import DataSource
-from curvops.nets.forward import Network
-from curvops.nets.jacobians import DEFAULT_BYTES, example_rows
 from curvops.nets.jacobians import jacobians as attached_jacobians
-from curvops.nets.likelihood import Likelihood
-from curvops.nets.likelihoods import resolve
-from curvops.nets.parameters import ParameterSelection, Params, unwrap
 from curvops.operators.base import LinearOperator
 
-Inputs = Tensor | Mapping[str, Any]
 
-
-class CurvatureInterface:
+class CurvatureInterface(Subject):
     """A model and its likelihood, asked for curvatures batch by batch; subclasses say which curvature.
 
     Args:
@@ -57,79 +51,7 @@ class CurvatureInterface:
         UnsupportedError: `likelihood="reward_modeling"`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Any,
-        last_layer: bool = False,
-        subnetwork_indices: Tensor | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.model = model
-        self.likelihood = likelihood
-        self._likelihood: Likelihood = resolve(likelihood)
-        self.last_layer = bool(last_layer)
-        self.dict_key_x, self.dict_key_y = dict_key_x, dict_key_y
-        self.memory_budget: int | None = None
-        if self.last_layer and not hasattr(unwrap(model), "last_layer"):
-            raise DataError(
-                f"last_layer=True needs a model with an attribute .last_layer; {type(model).__name__} has none: "
-                "wrap it in curvops.FeatureExtractor"
-            )
-        self.subnetwork_indices = subnetwork_indices
-        self._generator = _private_generator() if generator is None else generator
-
-    # ---------------------------------------------------------------- facts
-
-    @property
-    def lossfunc(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss in torch's own scale, summed; for sequences `CrossEntropyLoss` wants `(B, C, T)`."""
-        return self._likelihood.lossfunc
-
-    @property
-    def factor(self) -> float:
-        """Between `lossfunc` and −log p."""
-        return self._likelihood.factor
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        """The trainable parameters (of the last layer with `last_layer`), in the order of every flat vector."""
-        return list(self.params_dict.values())
-
-    @property
-    def params_dict(self) -> dict[str, nn.Parameter]:
-        """Their names in the model → the parameters."""
-        model = unwrap(self.model)
-        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.last_layer:
-            return found
-        self._require_last_layer()
-        last = {id(p) for p in model.last_layer.parameters()}  # type: ignore[union-attr]
-        return {name: p for name, p in found.items() if id(p) in last}
-
-    @property
-    def buffers_dict(self) -> dict[str, Tensor]:
-        """Names → buffers of the whole model."""
-        return dict(unwrap(self.model).named_buffers())
-
-    @property
-    def subnetwork_indices(self) -> Tensor | None:
-        """Entries of the flat parameter vector that count; None for all."""
-        return self._subnetwork_indices
-
-    @subnetwork_indices.setter
-    def subnetwork_indices(self, indices: Tensor | None) -> None:
-        before = getattr(self, "_subnetwork_indices", None)
-        self._subnetwork_indices = indices
-        if self.last_layer and getattr(unwrap(self.model), "last_layer", None) is None:
-            return  # not known before the first forward; checked there
-        try:
-            self._selection()
-        except Exception:
-            self._subnetwork_indices = before
-            raise
+    _fisher: FisherKind | None = None
 
     # ---------------------------------------------------------------- Jacobians and gradients
 
@@ -165,7 +87,7 @@ class CurvatureInterface:
         """
         if self.last_layer:
             return CurvatureInterface.jacobians(self, x, enable_backprop)
-        _find_last_layer(self.model, x)
+        find_last_layer(self.model, x)
         return self._jacobians(x, "last_layer", enable_backprop)
 
     def selected_output_jacobians(
@@ -258,21 +180,72 @@ class CurvatureInterface:
         objective = self._objective(x, y)
         return objective.loss(), self._diag(objective)
 
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Float[Tensor, ""], LinearOperator]:
-        """Loss and the Kronecker-factored curvature of one batch.
+    def kron(
+        self,
+        x: Inputs,
+        y: Tensor,
+        N: int,
+        *,
+        mc_samples: int | None = None,
+        kfac_approx: Approx = "expand",
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, ""], LinearOperator]:
+        """Loss and the Kronecker-factored curvature of one batch of M data (KFAC; Martens & Grosse 2015).
+
+        One block per parameter, in their order: `B ⊗ A` for a weight `(out, in)`, `B` for a bias. B sums over the batch
+        the outer products of output gradients; A is the mean of the layer's inputs' outer products, times M/N. So the
+        factors of batches add up, B = Σ B_b and A = Σ A_b, to those of all N data; `+` adds operators, not factors.
 
         Args:
-            x, y: As for `full`.
-            N: Number of data in all; see `CurvlinopsInterface.kron` for its place in the factors.
-            kwargs: `mc_samples=` and `kfac_approx=`.
+            x: Inputs of one batch.
+            y: Targets.
+            N: Number of data in all.
+            mc_samples: Draws per datum where `stochastic`; None for `num_samples`.
+            kfac_approx: "expand" or "reduce" for layers with several positions per datum (Eschenhagen et al. 2023).
+            kwargs: None known.
+
+        Returns:
+            `factor · lossfunc`, and a block-diagonal operator `(P, P)`, whose factors are computed at first need.
 
         Raises:
-            UnsupportedError: This class has no Kronecker factorisation; the message names one that has.
+            UnsupportedError: This curvature has no Kronecker factors, or `subnetwork_indices` are set.
+            DataError: N, `mc_samples` or `kfac_approx` make no sense.
+
+        Cost: one forward without graph now; C backward passes (exact), `mc_samples` (mc) or one (empirical) later.
         """
-        raise UnsupportedError(
-            f"{type(self).__name__} has no Kronecker factors; use CurvlinopsGGN or CurvlinopsEF from "
-            "curvops.curvature, or full() and diag() of this class"
-        )
+        refuse_unknown(self, "kron", kwargs, ("N", "mc_samples", "kfac_approx"))
+        fisher = self._fisher
+        if fisher is None:
+            raise UnsupportedError(
+                f"{type(self).__name__} has no Kronecker factors; use GGNInterface, CurvlinopsGGN or their EF "
+                "twins from curvops.curvature, or full() and diag() of this class"
+            )
+        if self.subnetwork_indices is not None:
+            raise UnsupportedError(
+                "kron is a curvature of whole layers, and subnetwork_indices select single entries; use full(), diag()"
+            )
+        if isinstance(N, bool) or not isinstance(N, int) or N < 1:
+            raise DataError(f"N is {N!r}; expected the number of data in all, at least 1.")
+        if kfac_approx not in ("expand", "reduce"):
+            raise DataError(f'kfac_approx is {kfac_approx!r}; expected "expand" or "reduce".')
+        if mc_samples is not None and fisher != "mc":
+            raise DataError(f"mc_samples={mc_samples} counts draws, and {self!r} draws none; set stochastic=True.")
+        samples = getattr(self, "num_samples", 1) if mc_samples is None else mc_samples
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise DataError(f"mc_samples is {samples!r}; expected a whole number of at least 1.")
+        self._require_root(fisher)
+        objective = self._objective(x, y)
+        cotangents = Cotangents(fisher, samples, self._seed() if fisher == "mc" else 0)
+        operator = self._kron(objective, cotangents, kfac_approx, N)
+        return objective.loss(), operator
+
+    def _require_root(self, fisher: FisherKind) -> None:
+        """Refuse to pull Λ's root back where Λ has none."""
+        if fisher == "exact" and not self._likelihood.is_convex:
+            raise UnsupportedError(
+                f"{self._likelihood!r} is not known to be convex in the outputs, so that Λ has no real root to pull "
+                "back; use full(), whose operator has diagonal() too, or is_convex=True in Likelihood.from_loss if it is"
+            )
 
     def _full(self, objective: Objective) -> LinearOperator:
         """The operator of `full`; no work."""
@@ -280,134 +253,14 @@ class CurvatureInterface:
             f"{type(self).__name__} says nothing of which curvature; use GGNInterface, EFInterface or HessianInterface"
         )
 
+    def _kron(self, objective: Objective, cotangents: Cotangents, approx: Approx, N: int) -> LinearOperator:
+        """The operator of `kron`; no work."""
+        kfac = KFAC.of(objective, cotangents, approx).fraction(N, objective.num_data or 0)
+        return (1.0 / self.factor) * kfac if cotangents.fisher == "empirical" else kfac
+
     def _diag(self, objective: Objective) -> LinearOperator:
         """The operator of `diag`; no work."""
         return self._full(objective)  # refuses in the same words
-
-    # ---------------------------------------------------------------- parts
-
-    def _objective(self, x: Inputs, y: Tensor) -> Objective:
-        """The negative log-likelihood of one batch."""
-        if not isinstance(y, Tensor):
-            raise DataError(f"y is {type(y).__name__}; expected a tensor of targets.")
-        params = self._params_for(x)
-        return Objective(
-            self.model, self._likelihood, (self._without_targets(x), y), params=params,
-            dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, memory_budget=self.memory_budget,
-        )  # fmt: skip
-
-    def _params_for(self, x: Inputs) -> Params:
-        """Which parameters count; a `FeatureExtractor` that does not know its last layer looks for it with x."""
-        if self.last_layer:
-            _find_last_layer(self.model, x)
-        return self._params()
-
-    def _params(self) -> Params:
-        indices = self._subnetwork_indices
-        if not self.last_layer:
-            return indices
-        self._require_last_layer()
-        if indices is None:
-            return "last_layer"
-        everything = ParameterSelection(self.model)
-        wanted = set(self.params_dict)
-        places = zip(everything.names, everything.offsets, everything.sizes, strict=True)
-        positions = torch.cat([torch.arange(o, o + size) for name, o, size in places if name in wanted])
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
-            raise ShapeError("subnetwork_indices must be a 1-dimensional LongTensor.")
-        indices = indices.to(positions.device)
-        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= len(positions)):
-            raise DataError(
-                f"subnetwork_indices reach from {int(indices.min())} to {int(indices.max())}; with last_layer=True "
-                f"they index the {len(positions)} entries of the last layer."
-            )
-        return positions[indices]
-
-    def _selection(self) -> ParameterSelection:
-        params = self._params()
-        if params is not None and not isinstance(params, Tensor | str):
-            raise ShapeError(f"subnetwork_indices must be a 1-dimensional LongTensor, got {type(params).__name__}.")
-        return ParameterSelection(self.model, params)
-
-    def _require_last_layer(self) -> None:
-        if getattr(unwrap(self.model), "last_layer", None) is None:
-            raise DataError(
-                "the model does not know its last layer yet; call model.find_last_layer(x) with one batch, or name it: "
-                "FeatureExtractor(model, last_layer_name=…)"
-            )
-
-    def _without_targets(self, x: Inputs) -> Inputs:
-        if not isinstance(x, Mapping) or self.dict_key_y not in x:
-            return x
-        rest = {key: value for key, value in x.items() if key != self.dict_key_y}
-        try:
-            return rest if type(x) is dict else type(x)(rest)  # type: ignore[call-arg]
-        except TypeError:
-            return rest
-
-    def _prepared(self, x: Inputs, params: Params) -> tuple[Inputs, Network, ParameterSelection]:
-        """Inputs checked and where the parameters are, the network and the selection."""
-        network, selection = Network(self.model), ParameterSelection(self.model, params)
-        x = self._without_targets(x)
-        counter = x.get(self.dict_key_x) if isinstance(x, Mapping) else x
-        size = counter.shape[0] if isinstance(counter, Tensor) and counter.dim() else 1
-        source = DataSource((x, torch.zeros(size)), dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
-        (batch,) = source.batches(selection.device)
-        return batch.x, network, selection
-
-    def _jacobians(self, x: Inputs, params: Params, enable_backprop: bool) -> tuple[Tensor, Tensor]:
-        x, network, selection = self._prepared(x, params)
-        if enable_backprop:
-            return attached_jacobians(network, selection, x, enable_backprop=True)
-        f = network.evaluate(x)
-        return self._rows(network, selection, x, f).reshape(*f.shape, selection.size), f
-
-    def _rows(
-        self,
-        network: Network,
-        selection: ParameterSelection,
-        x: Inputs,
-        f: Tensor,
-        cotangents: Float[Tensor, "B R *event"] | None = None,
-    ) -> Float[Tensor, "B R P"]:
-        """Rows `uᵀ J_n` of every example, written into the result chunk by chunk."""
-        number = f.shape[1:].numel() if cotangents is None else cotangents.shape[1]
-        needed = len(f) * number * selection.size * f.element_size()
-        budget = default_budget(selection.device) if self.memory_budget is None else self.memory_budget
-        require(
-            needed, budget, selection.device,
-            f"a result of {len(f)} x {number} rows of P={selection.size:,}",
-            "Use co.Jacobian(model, data), which is matrix-free, fewer examples a call, last_layer=True, or "
-            "subnetwork_indices.",
-        )  # fmt: skip
-        result = f.new_empty(len(f), number, selection.size)
-        room = min(DEFAULT_BYTES, max(budget - needed, budget // 16))
-        for start, rows, _ in example_rows(network, selection, x, cotangents, f=f, byte_budget=room):
-            result[start : start + len(rows)] = rows
-        return result
-
-    def _seed(self) -> int:
-        """A fresh seed; the generator advances."""
-        return resolve_seed(self._generator)
-
-    def __repr__(self) -> str:
-        parts = [type(self.model).__name__, self._likelihood.name]
-        parts += ["last layer"] if self.last_layer else []
-        parts += [] if self._subnetwork_indices is None else [f"{len(self._subnetwork_indices):,} entries"]
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-
-def _private_generator() -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed()  # from the system; the global generator is not asked
-    return generator
-
-
-def _find_last_layer(model: nn.Module, x: Inputs) -> None:
-    inner = unwrap(model)
-    if getattr(inner, "last_layer", None) is None and callable(find := getattr(inner, "find_last_layer", None)):
-        with torch.no_grad():
-            find(x)
 
 
 def refuse_unknown(interface: object, method: str, kwargs: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -22,18 +22,17 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvops.curvature.backends.layers import Owner, owners, require_only_use, witnessed
 from curvops.curvature.backends.sandbox import Outputs
-from curvops.curvature.exact_diagonal import hessian_root
-from curvops.curvature.ggn import mc_root
+from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.matrixfree.base import DataOperator
-from curvops.curvature.matrixfree.fisher import MCFisher
 from curvops.curvature.matrixfree.forms import RootForm
 from curvops.curvature.matrixfree.ggn import GGN
 from curvops.curvature.matrixfree.hessian import Hessian
@@ -42,13 +41,12 @@ from curvops.errors import DataError, NumericalWarning, UnsupportedError, Unsupp
 from curvops.linalg.probes import rademacher
 from curvops.memory import columns_within
 from curvops.nets.batches import Batch
+from curvops.nets.categorical import Categorical
 from curvops.operators.base import LinearOperator
 from curvops.operators.closure import Closure
 from curvops.operators.dense import Dense
 from curvops.operators.formula import Formula, size_text
 from curvops.operators.kronecker import Kronecker
-
-Fisher = Literal["exact", "mc", "empirical"]
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference between two right ways to compute one product."""
@@ -60,9 +58,16 @@ _HESSIAN_FAILS = (nn.GroupNorm, nn.SiLU)
 @lru_cache(maxsize=1)
 def library() -> Any:
     """The package; imported at first need, since that takes as long as importing torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its dependencies' deprecations are none of the user's business
+    with _quiet():
         return importlib.import_module("curvlinops")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Deprecations and missing batching rules beneath curvlinops are none of the user's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def provenance() -> str:
@@ -155,7 +160,7 @@ class CurvlinopsProduct(DataOperator):
         full = selection.scatter(V)
         per_column = max(4 * self._column_bytes, 4 * selection.full_size * self.dtype.itemsize)
         step = columns_within(self.objective.budget() // 4, self.device, per_column, max(V.shape[1], 1))
-        with self._outputs.network.differentiable():
+        with self._outputs.network.differentiable(), _quiet():
             parts = [self._theirs @ part.contiguous() for part in full.split(step, 1)]
         return selection.gather(torch.cat(parts, 1).detach())
 
@@ -297,21 +302,18 @@ class KroneckerFactors:
 
     Args:
         objective: The negative log-likelihood of one batch.
-        fisher: "exact" (Λ's square root), "mc" or "empirical": what is propagated backward.
+        cotangents: What is propagated backward.
         approx: "expand" or "reduce", for layers that see a datum at several positions (Eschenhagen et al. 2023).
         total: N, the number of data in all.
         scale: Factor on B.
-        num_samples, seed: Of the draws of "mc".
 
     Raises:
         UnsupportedLayerError: A layer that curvlinops loses or gets wrong; named.
     """
 
-    def __init__(
-        self, objective: Objective, fisher: Fisher, approx: str, total: int, scale: float, num_samples: int, seed: int
-    ) -> None:
-        self.objective, self.fisher, self.approx = objective, fisher, approx
-        self.total, self.scale, self.num_samples, self.seed = total, scale, num_samples, seed
+    def __init__(self, objective: Objective, cotangents: Cotangents, approx: str, total: int, scale: float) -> None:
+        self.objective, self.cotangents, self.approx = objective, cotangents, approx
+        self.total, self.scale = total, scale
         if not hasattr(library().KFACLinearOperator, "compute_kronecker_factors"):
             raise UnsupportedError(
                 f"the factors of {provenance()} are not where they were in 3.0.1; install "
@@ -320,6 +322,7 @@ class KroneckerFactors:
         self.owners = owners(
             objective.model, objective.selection, (nn.Linear, nn.Conv2d), provenance(), f"use {_NATIVE_KRON}"
         )
+        _refuse_ignored_targets(objective)
         for owner in self.owners:
             _refuse_convolution(owner, objective.network.module.get_submodule(owner.path), approx)
 
@@ -364,20 +367,7 @@ class KroneckerFactors:
     def _root(self, batch: Batch, f: Tensor) -> Tensor:
         likelihood = self.objective.likelihood
         assert likelihood is not None
-        if not bool(likelihood.active(f, batch.y).all()):
-            raise UnsupportedError(
-                f"some targets are ignored, and {provenance()} would count their inputs all the same; "
-                f"use {_NATIVE_KRON}, or full() and diag()"
-            )
-        if self.fisher == "empirical":
-            return likelihood.gradient(f, batch.y).unsqueeze(-1)
-        if self.fisher == "mc":
-            return mc_root(MCFisher.of(self.objective, num_samples=self.num_samples, seed=self.seed), batch, f)
-        if not likelihood.is_convex:
-            raise UnsupportedError(
-                f"{likelihood!r} is not convex, so that Λ has no square root to propagate; use full()"
-            )
-        return hessian_root(likelihood, f, batch.y)[0]
+        return self.cotangents.of(likelihood, f, batch).S
 
     def _block(self, owner: Owner, shape: torch.Size, kfac: Any) -> LinearOperator:
         selection = self.objective.selection
@@ -401,7 +391,7 @@ class KroneckerFactors:
         return f"{len(parts)}: {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}"
 
 
-_NATIVE_KRON = "co.KFAC"
+_NATIVE_KRON = "kron() of GGNInterface or EFInterface, or co.KFAC"
 
 
 @lru_cache(maxsize=1)
@@ -418,6 +408,15 @@ def _kfac_class() -> Any:
             self.backward(output, y)
 
     return Kfac
+
+
+def _refuse_ignored_targets(objective: Objective) -> None:
+    likelihood = objective.likelihood
+    targets = dict(objective.source.tensors())["y"]
+    if isinstance(likelihood, Categorical) and bool((targets == likelihood.ignore_index).any()):
+        raise UnsupportedError(
+            f"some targets are ignored, and {provenance()} would count their inputs all the same; use {_NATIVE_KRON}"
+        )
 
 
 def _refuse_convolution(owner: Owner, layer: nn.Module, approx: str) -> None:
