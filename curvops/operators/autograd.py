@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Product = Callable[[Tensor], Tensor]
 
@@ -40,12 +41,13 @@ class _ImplicitSolution(torch.autograd.Function):
         return X.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return -ctx.adjoint_solve(grads[0].contiguous()), None, None
 
 
 def implicit_solution(residual: Tensor, X: Tensor, adjoint_solve: Product) -> Tensor:
-    """The solution X of `residual(X) = A X − B = 0`, with the gradients of the implicit function theorem.
+    """The solution X of `residual(X) = A X − B = 0`, with the gradients of the implicit function theorem, once.
 
     Args:
         residual: `A @ X − B`, computed with autograd on, X detached: it carries A's and B's dependencies.
@@ -58,6 +60,47 @@ def implicit_solution(residual: Tensor, X: Tensor, adjoint_solve: Product) -> Te
     return result
 
 
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` with the gradient of `surrogate`, whose own value does not matter."""
-    return value + (surrogate - surrogate.detach()) if surrogate.requires_grad else value
+    """`value` with the gradient of `surrogate`, whose own value does not matter; once differentiable."""
+    if not surrogate.requires_grad:
+        return value
+    result: Tensor = _WithGradient.apply(value, surrogate)  # type: ignore[assignment]
+    return result
+
+
+class _Estimate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, value: Tensor, weights: Callable[[], Tensor]) -> Tensor:
+        ctx.weights = weights
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weights = ctx.weights()
+        return grads[0].to(weights.dtype) * weights, None, None
+
+
+def estimate_with_gradient(value: Tensor, products: Tensor, weights: Callable[[], Tensor]) -> Tensor:
+    """`value` with the gradient of `(weights() · products).sum()`; the weights are found in the backward pass.
+
+    Args:
+        value: The estimate, 0-dim.
+        products: What carries the dependence on damping and factors.
+        weights: Of the shape of `products`; constants.
+    """
+    if not products.requires_grad:
+        return value
+    result: Tensor = _Estimate.apply(products, value, weights)  # type: ignore[assignment]
+    return result

@@ -123,7 +123,7 @@ def as_operator(matrix: Tensor | LinearOperator) -> LinearOperator:
 
 
 def dense_route(part: LinearOperator) -> str | None:
-    """What answers for a part of a structure that has no closed form: a dense copy, if it is made of tensors and fits."""
+    """What answers for a part that has no closed form: a dense copy, if it is made of tensors and fits."""
     from curvops.operators.routes.plan import dense_is_affordable
 
     return "dense copy" if part._holds_tensors() and dense_is_affordable(part) else None

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from curvops.linalg.probes import resolve_seed
+from curvops.linalg.probes import rademacher, resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.traces import hutchinson_diagonal
 from curvops.linalg.xtrace import xdiag
 from curvops.operators import methods
+from curvops.operators.autograd import with_gradient_of
 from curvops.operators.routes.plan import (
     Plan,
     counted,
     dense_is_affordable,
     dense_reason,
     exact_report,
+    probes_within_memory,
     product,
     refuse_method,
 )
@@ -57,11 +60,16 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XDiag, rea
 
     def run() -> tuple[Tensor, EstimateReport]:
         seed = resolve_seed(method.generator)
+        kept = {"max_probes": probes_within_memory(A)} if isinstance(method, methods.XDiag) else {}
         value, report = estimator(
-            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device
-        )
+            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device,
+            **kept,
+        )  # fmt: skip
         report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
         settle(value, report, method.on_failure, _ADVICE)
+        if torch.is_grad_enabled() and A._requires_grad():
+            Z = rademacher(A.shape[0], 0, max(report.probes, 1), seed=seed, dtype=A.dtype, device=A.device)
+            value = with_gradient_of(value, (Z * A._apply(Z)).mean(1))
         return value, report
 
     return Plan(name, reason, run)

@@ -67,6 +67,12 @@ def dense_is_affordable(operator: LinearOperator) -> bool:
     return size <= limit and _DENSE_COPIES * size * size * operator.dtype.itemsize <= budget
 
 
+def probes_within_memory(operator: LinearOperator) -> int:
+    """Probes that an estimator which keeps four vectors for each may use."""
+    budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
+    return max(10, min(5000, budget // (4 * operator.shape[0] * operator.dtype.itemsize)))
+
+
 def dense_reason(operator: LinearOperator) -> str:
     """Why the dense road was chosen."""
     size = operator.shape[0]
@@ -85,9 +91,25 @@ def product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
 
 
 def counted(operator: LinearOperator) -> Callable[[], tuple[int, float]]:
-    """Start counting: the function returned gives the products and seconds since."""
-    columns, start = operator.matvec_count, perf_counter()
-    return lambda: (operator.matvec_count - columns, perf_counter() - start)
+    """Start counting: the function returned gives the products and seconds since.
+
+    A dense copy of a sum multiplies its terms and not the sum, so the busiest part of the operator's own size counts.
+    """
+    before, start = _counts(operator), perf_counter()
+
+    def spent() -> tuple[int, float]:
+        busiest = max(now - before.get(part, 0) for part, now in _counts(operator).items())
+        return busiest, perf_counter() - start
+
+    return spent
+
+
+def _counts(operator: LinearOperator) -> dict[int, int]:
+    counts = {id(operator): operator.matvec_count}
+    for child in operator._children():
+        if child._known_shape() == operator._known_shape():
+            counts.update(_counts(child))
+    return counts
 
 
 def refuse_method(verb_name: str, method: Method, *expected: str) -> UnsupportedError:

@@ -20,12 +20,16 @@ from curvops.operators.routes.plan import (
     dense_is_affordable,
     dense_reason,
     exact_report,
+    probes_within_memory,
     product,
     refuse_method,
 )
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
+
+_WORTHWHILE = 200
+"""Probes that XTrace must be able to keep: with fewer, a slowly decaying spectrum leaves it behind Hutchinson."""
 
 _ADVICE = 'Give more probes or a wider rtol, or on_failure="warn" to take the estimate with its half-width.'
 
@@ -41,7 +45,10 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
         return _exact(A, closed_form, "closed form of the structure", A._trace)
     if dense_is_affordable(A):
         return _exact(A, "diagonal of the dense matrix", dense_reason(A), lambda: A._dense().trace())
-    return _estimate(A, methods.Hutchinson(), f"P = {A.shape[0]:,} is too large for a dense copy")
+    too_large = f"P = {A.shape[0]:,} is too large for a dense copy"
+    if probes_within_memory(A) >= _WORTHWHILE:
+        return _estimate(A, methods.XTrace(), too_large)
+    return _estimate(A, methods.Hutchinson(), f"{too_large}, and the sketch of XTrace for the memory budget")
 
 
 def _exact(A: LinearOperator, name: str, reason: str, compute: object) -> Plan:
@@ -59,9 +66,11 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, re
 
     def run() -> tuple[Tensor, EstimateReport]:
         seed = resolve_seed(method.generator)
+        kept = {"max_probes": probes_within_memory(A)} if isinstance(method, methods.XTrace) else {}
         value, report = estimator(
-            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device
-        )
+            product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device,
+            **kept,
+        )  # fmt: skip
         report = replace(report, reason=f"{reason}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=A.device)
         settle(estimate, report, method.on_failure, _ADVICE)
