@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class EstimateReport(Report):
         probes: Number of random probe vectors.
         steps: Lanczos steps per probe.
         seed: Seed of the probes; None for exact routes or where a generator was given.
+        gradient_stderr: `(*inputs) → ` standard error of the value's gradient with respect to each of the tensors
+            `inputs`, of their shapes; None where the gradient is exact or none was asked.
     """
 
     value: Any = None
@@ -74,6 +77,7 @@ class EstimateReport(Report):
     probes: int = 0
     steps: int = 0
     seed: int | None = None
+    gradient_stderr: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def exact(value: Any, algorithm: str, reason: str = "", matvecs: int = 0, seconds: float = 0.0) -> EstimateReport:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg import dense
-from curvops.linalg.probes import rademacher, resolve_seed
+from curvops.linalg.probes import resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.slq import slq_logdet
 from curvops.operators import methods
-from curvops.operators.autograd import with_gradient_of
 from curvops.operators.dense import definite_cholesky
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.routes.plan import (
@@ -36,6 +35,7 @@ from curvops.operators.routes.plan import (
     refuse_method,
     resolvable,
 )
+from curvops.operators.routes.stochasticgradient import StochasticGradient
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -156,19 +156,10 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
         report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
         settle(estimate, report, method.on_failure, _ADVICE)
-        if torch.is_grad_enabled():
-            estimate = with_gradient_of(estimate, _gradient_surrogate(operator, seed, max(report.probes, 10)))
+        if torch.is_grad_enabled() and operator._requires_grad():
+            gradient = StochasticGradient(operator, seed, max(report.probes, 10))
+            estimate = gradient.attach(estimate)
+            report = replace(report, gradient_stderr=gradient.stderr)
         return estimate, report
 
     return Plan("SLQ", reason, run)
-
-
-def _gradient_surrogate(A: LinearOperator, seed: int, probes: int) -> Tensor:
-    """A scalar whose gradient is that of log det A: mean over probes of (A⁻¹z)ᵀ dA z, since d logdet = tr(A⁻¹ dA)."""
-    Z = rademacher(A.shape[0], 0, probes, seed=seed, dtype=A.dtype, device=A.device)
-    AZ = A._apply(Z)
-    if not AZ.requires_grad:
-        return torch.zeros((), dtype=torch.float64, device=A.device)
-    with torch.no_grad():
-        solutions = A.solve(Z)
-    return (solutions * AZ).sum(dtype=torch.float64) / probes

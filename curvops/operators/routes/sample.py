@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from curvops.errors import UnsupportedError
-from curvops.linalg.cg import cg
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
 from curvops.operators.dense import definite_cholesky
@@ -32,10 +31,10 @@ from curvops.operators.routes.plan import (
     dense_is_affordable,
     dense_reason,
     indefinite,
-    product,
     refuse_method,
     resolvable,
 )
+from curvops.operators.routes.preconditioning import solve_cg
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -118,7 +117,7 @@ def _perturb(A: LinearOperator, method: methods.PerturbAndSolve, reason: str) ->
     def run(noise: Noise) -> tuple[Tensor, Report]:
         spent = counted(A)
         B, X0 = _perturbation(A, noise)
-        X, report = cg(product(A), B, rtol=method.rtol, x0=X0)
+        X, report = solve_cg(A, methods.CG(preconditioner="auto"), B, rtol=method.rtol, x0=X0)
         matvecs, seconds = spent()
         report = replace(
             report, algorithm="PerturbAndSolve", matvecs=matvecs, seconds=seconds, reason=f"{reason}; {report.reason}"
