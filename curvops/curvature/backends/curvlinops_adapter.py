@@ -8,7 +8,8 @@ What it gets wrong in silence, and what happens here instead (checked on 3.0.1):
   double backward, once; where they differ curvops' own products answer, `repr` says so, and a warning unless expected.
 * Its Monte-Carlo and empirical Fishers are GGNs of a pseudo-loss. That loss is formed here from our likelihoods, so
   that class weights, ignored targets and label smoothing count, and the draws are those of `co.MCFisher`.
-* Its KFAC ignores class weights: what is propagated backward comes from our likelihoods. What it would lose or confuse
+* Its KFAC ignores class weights, and propagates the positions of a sequence together, cross terms and all: what is
+  propagated here comes from our likelihoods, position by position. What it would lose or confuse
   (layers but Linear and Conv2d, groups, padding modes, tied or twice-used parameters, ignored targets) is refused by
   name.
 * An exhausted generator as data gives zeros: refused by `from_curvlinops`, whose operators also have the right dtype.
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvops.curvature.backends.layers import Owner, owners, require_only_use, witnessed
+from curvops.curvature.backends.layers import Owner, owners, require_only_uses
 from curvops.curvature.backends.sandbox import Outputs
 from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.matrixfree.base import DataOperator
@@ -37,7 +38,7 @@ from curvops.curvature.matrixfree.forms import RootForm
 from curvops.curvature.matrixfree.ggn import GGN
 from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.objective import Objective
-from curvops.errors import DataError, NumericalWarning, UnsupportedError, UnsupportedLayerError
+from curvops.errors import CurvopsError, DataError, NumericalWarning, UnsupportedError, UnsupportedLayerError
 from curvops.linalg.probes import rademacher
 from curvops.memory import columns_within
 from curvops.nets.batches import Batch
@@ -327,24 +328,24 @@ class KroneckerFactors:
             _refuse_convolution(owner, objective.network.module.get_submodule(owner.path), approx)
 
     def blocks(self) -> list[LinearOperator]:
-        """`B ⊗ A` for weights, `B` for biases. Cost: R + 1 backward passes and a copy of the module tree."""
+        """`B ⊗ A` for weights, `B` for biases. Cost: four forwards and R + 1 backward passes (T·R of sequences)."""
         objective = self.objective
         objective.watch.check()
-        for owner in self.owners:
-            owner.forget()
         outputs = Outputs(objective.model, objective.selection)
         ((batch, _),) = objective.evaluate()
+        x = _plain(batch.x)
+        require_only_uses(outputs, x, self.owners, provenance(), f"use {_NATIVE_KRON}")
         kfac = _kfac_class()(
-            outputs, nn.MSELoss(reduction="sum"), outputs.selected, [(_plain(batch.x), batch.y)],
+            outputs, nn.MSELoss(reduction="sum"), outputs.selected, [(x, batch.y)],
             check_deterministic=False, fisher_type="empirical", kfac_approx=self.approx, num_data=len(batch.y),
             num_per_example_loss_terms=1, separate_weight_and_bias=True, batch_size_fn=lambda _: len(batch.y),
         )  # fmt: skip
         kfac.backward = lambda f, y: self._backward(f, batch, outputs)
         try:
-            with outputs.network.differentiable(), witnessed(outputs.module, self.owners):
+            with outputs.network.differentiable(), _quiet():
                 kfac.compute_kronecker_factors()
         except (ValueError, NotImplementedError) as error:
-            if isinstance(error, UnsupportedError | DataError):
+            if isinstance(error, CurvopsError):
                 raise
             raise UnsupportedLayerError(f"{provenance()} refuses this model: {error}; use {_NATIVE_KRON}") from error
         return [
@@ -353,21 +354,18 @@ class KroneckerFactors:
         ]
 
     def _backward(self, f: Tensor, batch: Batch, outputs: Outputs) -> None:
-        with torch.no_grad():
-            S = self._root(batch, f.detach())
-        columns = S.shape[-1]
-        for r in range(columns):
-            grads = torch.autograd.grad(
-                f, outputs.selected, S[..., r].contiguous(), retain_graph=r < columns - 1, allow_unused=True
-            )
-            if r == 0:
-                for owner, g in zip(self.owners, grads, strict=True):
-                    require_only_use(outputs.module, owner, g, provenance(), f"use {_NATIVE_KRON}")
+        """Propagate the columns of Λ's root (or draws, or residuals), those of a sequence's positions one by one.
 
-    def _root(self, batch: Batch, f: Tensor) -> Tensor:
+        curvlinops propagates all positions at once, whose cross terms then stay wherever positions meet.
+        """
         likelihood = self.objective.likelihood
         assert likelihood is not None
-        return self.cotangents.of(likelihood, f, batch).S
+        with torch.no_grad():
+            columns = self.cotangents.of(likelihood, f.detach(), batch)
+        for number, column in enumerate(columns.chunks(1)):
+            last = number == columns.count - 1
+            u = column[..., 0].contiguous()
+            torch.autograd.grad(f, outputs.selected, u, retain_graph=not last, allow_unused=True)
 
     def _block(self, owner: Owner, shape: torch.Size, kfac: Any) -> LinearOperator:
         selection = self.objective.selection

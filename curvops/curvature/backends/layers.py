@@ -7,41 +7,32 @@ the module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvops.curvature.backends.sandbox import Outputs
 from curvops.errors import UnsupportedLayerError
+from curvops.nets import draws
 from curvops.nets.jacobians import close
 from curvops.nets.parameters import ParameterSelection, unwrap
 
 
-@dataclass
+@dataclass(frozen=True)
 class Owner:
-    """The layer of one selected parameter, and what went through it in one forward and backward.
+    """The layer of one selected parameter.
 
     Attributes:
         name: The parameter's name in the user's model.
         path: The module's path there.
         role: "weight" or "bias".
-        inputs: What each call was given.
-        gradients: Loss gradients at each call's output, in the order in which backward passes met them.
     """
 
     name: str
     path: str
     role: str
-    inputs: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def forget(self) -> None:
-        """Drop what was noted."""
-        self.inputs.clear()
-        self.gradients.clear()
 
 
 def owners(
@@ -83,57 +74,72 @@ def owners(
     return result
 
 
-@contextmanager
-def witnessed(module: nn.Module, found: list[Owner]) -> Iterator[None]:
-    """Note inputs and first output gradients of every owner's calls, by hooks on a private copy of the model."""
-    handles: list[Any] = []
+def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str, way_out: str) -> None:
+    """Refuse parameters whose gradient is not that of one call of their module.
 
-    def note(owner: Owner) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            owner.inputs.append(inputs[0].detach())
-            output.register_hook(lambda g: owner.gradients.append(g.detach()) if not owner.gradients else None)
+    Args:
+        outputs: The copy of the model; hooks are set on it and removed.
+        x: Inputs of one batch.
+        found: The owners of the selected parameters, in their order.
+        library, way_out: As in `owners`.
 
-        return hook
+    Raises:
+        UnsupportedLayerError: A module runs more than once, or a parameter is used beside its module.
 
-    for owner in found:
-        handles.append(module.get_submodule(owner.path).register_forward_hook(note(owner)))
+    Cost: one forward and one backward, and those of the layers once more.
+    """
+    inputs: dict[str, list[Tensor]] = {owner.path: [] for owner in found}
+    gradients: dict[str, Tensor] = {}
+    handles = [
+        outputs.module.get_submodule(path).register_forward_hook(_note(path, inputs, gradients)) for path in inputs
+    ]
     try:
-        yield
+        with outputs.network.differentiable():
+            f = outputs(x)
+            # Irregular cotangents, so that no sum over data, positions or outputs cancels.
+            u = draws.gaussians(0, torch.zeros(1, dtype=torch.int64, device=f.device), 0, f.numel())
+            grads = torch.autograd.grad(f, outputs.selected, u.reshape(f.shape).to(f.dtype), allow_unused=True)
+            for owner, gradient in zip(found, grads, strict=True):
+                layer = outputs.module.get_submodule(owner.path)
+                _require_only_use(
+                    owner, layer, inputs[owner.path], gradients.get(owner.path), gradient, library, way_out
+                )
     finally:
         for handle in handles:
             handle.remove()
 
 
-def require_only_use(module: nn.Module, owner: Owner, gradient: Tensor | None, library: str, way_out: str) -> None:
-    """Refuse a parameter whose gradient is not that of one call of its module.
+def _note(path: str, inputs: dict[str, list[Tensor]], gradients: dict[str, Tensor]) -> Any:
+    def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[path].append(given[0].detach())
+        output.register_hook(lambda g: gradients.__setitem__(path, g.detach()))
 
-    Args:
-        module: The copy of the model that `witnessed` watched.
-        owner: What was noted.
-        gradient: The parameter's own gradient in the first backward pass; None where the output does not use it.
-        library: As in `owners`.
-        way_out: As in `owners`.
+    return hook
 
-    Raises:
-        UnsupportedLayerError: The module ran more than once, or the parameter is used beside it.
-    """
-    layer = module.get_submodule(owner.path)
-    calls = len(owner.inputs)
-    if calls > 1:
+
+def _require_only_use(
+    owner: Owner,
+    layer: nn.Module,
+    inputs: list[Tensor],
+    output_gradient: Tensor | None,
+    gradient: Tensor | None,
+    library: str,
+    way_out: str,
+) -> None:
+    kind = type(layer).__name__
+    if len(inputs) > 1:
         raise UnsupportedLayerError(
-            f"module {owner.path!r} ({type(layer).__name__}) runs {calls} times in one forward, and {library} would "
-            f"count its factors {calls} times over; {way_out}"
+            f"module {owner.path!r} ({kind}) runs {len(inputs)} times in one forward, and {library} would count its "
+            f"factors {len(inputs)} times over; {way_out}"
         )
-    if gradient is None:
+    if gradient is None:  # the output does not depend on it: no curvature, and none is what the library finds
         return
     expected = torch.zeros_like(gradient)
-    if calls and owner.gradients:
-        parameter = getattr(layer, owner.role)
-        with torch.enable_grad():
-            local = type(layer).forward(layer, owner.inputs[0])
-        (expected,) = torch.autograd.grad(local, parameter, owner.gradients[0])
+    if inputs and output_gradient is not None:
+        local = type(layer).forward(layer, inputs[0])
+        (expected,) = torch.autograd.grad(local, getattr(layer, owner.role), output_gradient)
     if not close(expected, gradient):
         raise UnsupportedLayerError(
-            f"parameter {owner.name!r} is used beside the calls of its module {owner.path!r} "
-            f"({type(layer).__name__}), and {library} would not see that; {way_out}"
+            f"parameter {owner.name!r} is used beside the calls of its module {owner.path!r} ({kind}), and {library} "
+            f"would not see that; {way_out}"
         )
