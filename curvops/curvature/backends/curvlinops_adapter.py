@@ -249,7 +249,7 @@ def from_curvlinops(operator: Any, *, is_psd: bool | None = None, lower_bound: f
         >>> data = [(torch.ones(3, 2), torch.zeros(3, 1))]
         >>> H = curvlinops.HessianLinearOperator(model, loss, list(model.parameters()), data)
         >>> co.from_curvlinops(H)
-        HessianLinearOperator(3×3) [by curvlinops 3.0.1]
+        HessianLinearOperator(3) [by curvlinops 3.0.1]
     """
     names = {kind.__name__ for kind in type(operator).__mro__}
     if "PyTorchLinearOperator" not in names:
