@@ -55,7 +55,10 @@ def curve(
     """See `Spectrum.evidence_curve`."""
     total, squared = _penalty(s, loss, mean, prior_mean)
     points = _positive(torch.as_tensor(deltas, dtype=torch.float64).flatten().cpu())
-    return s._report(*_values(s, points, total, squared), "log evidence")
+    low, high = _values(s, points, total, squared)
+    known = -total - 0.5 * points * squared + 0.5 * s.size * points.log()
+    energy = torch.stack([s.rules.gauss.apply(lambda x, d=d: 0.25 * torch.log(x + d).square()) for d in points], dim=1)
+    return s._report(low, high, "log evidence", energy=energy, known=known)
 
 
 def _argmax(

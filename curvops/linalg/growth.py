@@ -46,11 +46,38 @@ class Interval(NamedTuple):
         return self.noise + self.bracket
 
 
-def interval(low: Tensor, high: Tensor, offset: float = 0.0, slack: float = 0.0) -> Interval:
-    """Interval of the mean of m bracketed values, moved by `offset ± slack`."""
+def sample_variance(variance: Tensor, mean: Tensor, energy: Tensor, count: int, size: int | Tensor) -> Tensor:
+    """Variance of one zᵀBz, from the sample's own and from B's energy.
+
+    A few probes of a matrix that one direction dominates draw from something like χ²₁: their variance is mostly too
+    small, and most so when their mean is. var zᵀBz ≤ 2‖B‖²_F − 2(tr B)²/P up to the spread of the diagonal, and ‖B‖²_F
+    is the mean of ‖Bz‖², which the same products give with far less scatter. It is believed above the sample's
+    variance, up to a factor 1 + 30/m: so a matrix near its diagonal, which Rademacher probes see without noise, keeps
+    that gift.
+
+    Args:
+        variance: Variance over the sample.
+        mean: Mean of zᵀBz.
+        energy: Mean of ‖Bz‖².
+        count: m.
+        size: P, or the length of the block.
+    """
+    bound = 2 * (energy - mean.square() / size)
+    return torch.minimum(torch.maximum(bound, variance), variance * (1 + 30 / count))
+
+
+def interval(
+    low: Tensor, high: Tensor, offset: float = 0.0, slack: float = 0.0, *, energy: Tensor | None = None, size: int = 1
+) -> Interval:
+    """Interval of the mean of m bracketed values, moved by `offset ± slack`; `energy (m,)` as in `sample_variance`."""
     bottom, top = float(low.mean()) + offset - slack, float(high.mean()) + offset + slack
     m = len(low)
-    stderr = float(((low + high) / 2).std() / math.sqrt(m)) if m > 1 else math.inf
+    middle, stderr = (low + high) / 2, math.inf
+    if m > 1:
+        variance = middle.var()
+        if energy is not None:
+            variance = sample_variance(variance, middle.mean(), energy.mean(), m, size)
+        stderr = math.sqrt(float(variance) / m)
     noise = student(m) * stderr if stderr > 0 else 0.0
     return Interval((bottom + top) / 2, stderr, bottom, top, noise, (top - bottom) / 2)
 
@@ -157,6 +184,10 @@ class Run:
         """Half the mean bracket that rounding alone explains."""
         return float(torch.cat([quadrature.rounding_share(r, self.f) for r in self.rules]).mean()) / 2
 
+    def energies(self) -> Tensor:
+        """`(m,)` ‖f(A)z‖², by the Gauss rule."""
+        return torch.cat([r.gauss.apply(lambda x: self.f(x).square()) for r in self.rules])
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """`(m,)` lower and upper bounds of zᵀ f(A) z."""
         pairs = [quadrature.bracket(r, self.f) for r in self.rules]
@@ -193,7 +224,7 @@ def grow(
         first = limits.steps or min(limits.first_steps, max_steps)
         run.add_probes(limits.probes or FIRST_PROBES, first, keep=limits.steps is None)
     while True:
-        found = interval(*run.bounds(), offset=offset, slack=slack)
+        found = interval(*run.bounds(), offset, slack, energy=run.energies(), size=run.size)
         if run.complete:
             found = found._replace(stderr=0.0, noise=0.0)
         goal = target(found.value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError
 from curvops.linalg import evidence, quadrature
-from curvops.linalg.growth import student
+from curvops.linalg.growth import sample_variance, student
 from curvops.linalg.lanczos import lanczos
 from curvops.linalg.probes import derive_seed, rademacher, resolve_seed
 from curvops.linalg.quadrature import Rules, SpectralFunction
@@ -75,7 +75,7 @@ class Spectrum:
             NotPositiveDefiniteError: The lower bound does not make it so, or rounding of the products swallows it.
         """
         shift = self._definite_shift(delta, "logdet")
-        return self._report(*quadrature.bracket(self.rules, quadrature.log(shift)), f"log det(H + {shift:g} I)")
+        return self._trace(quadrature.log(shift), f"log det(H + {shift:g} I)")
 
     def effective_dimension(self, delta: float) -> EstimateReport:
         """tr H(H + δI)⁻¹, the effective number of parameters (MacKay 1992), of a positive semidefinite H.
@@ -88,7 +88,7 @@ class Spectrum:
                 f"effective_dimension needs a positive semidefinite H, its lower bound is {self.lower_bound:.3g}."
             )
         shift = self._definite_shift(delta, "effective_dimension")
-        return self._report(*quadrature.bracket(self.rules, quadrature.shrinkage(shift)), f"tr H(H + {shift:g} I)⁻¹")
+        return self._trace(quadrature.shrinkage(shift), f"tr H(H + {shift:g} I)⁻¹")
 
     def trace_of(self, f: SpectralFunction | Callable[[Tensor], Tensor]) -> EstimateReport:
         """tr f(H).
@@ -98,7 +98,7 @@ class Spectrum:
                 eigenvalues, bracketed by how well polynomials approximate it between the extreme Ritz values.
         """
         known = f if isinstance(f, SpectralFunction) else SpectralFunction(getattr(f, "__name__", "f"), f)
-        return self._report(*quadrature.bracket(self.rules, known), f"tr {known.name}(H)")
+        return self._trace(known, f"tr {known.name}(H)")
 
     def count(self, interval: tuple[float, float]) -> EstimateReport:
         """Number of eigenvalues in [low, high] (either end may be infinite).
@@ -113,7 +113,8 @@ class Spectrum:
         above = self._distribution(torch.tensor([high], dtype=torch.float64))
         least = (above[0] - below[1]).clamp(min=0)[:, 0]
         most = (above[1] - below[0]).clamp(min=0)[:, 0]
-        return self._report(least, most, f"eigenvalues in [{low:g}, {high:g}]")
+        # An indicator is its own square.
+        return self._report(least, most, f"eigenvalues in [{low:g}, {high:g}]", energy=(least + most) / 2)
 
     def density(
         self, grid: Float[Tensor, " g"] | Sequence[float], log: bool = False, width: float | None = None
@@ -241,12 +242,39 @@ class Spectrum:
             )
         return delta
 
-    def _report(self, low: Tensor, high: Tensor, what: str, centre: Tensor | None = None) -> EstimateReport:
-        """Report of the mean over probes (dimension 0) of bracketed values."""
+    def _trace(self, f: SpectralFunction, what: str) -> EstimateReport:
+        low, high = quadrature.bracket(self.rules, f)
+        return self._report(low, high, what, energy=self.rules.gauss.apply(lambda x: f(x).square()))
+
+    def _report(
+        self,
+        low: Tensor,
+        high: Tensor,
+        what: str,
+        *,
+        centre: Tensor | None = None,
+        energy: Tensor | None = None,
+        known: Tensor | float = 0.0,
+    ) -> EstimateReport:
+        """Report of the mean over probes (dimension 0) of bracketed values.
+
+        Args:
+            low: `(m, …)` lower bounds.
+            high: `(m, …)` upper bounds.
+            what: What is estimated, for the reason.
+            centre: `(m, …)` best values; default the middles.
+            energy: `(m, …)` ‖f(H)z‖² of the random part (`growth.sample_variance`).
+            known: What is not random in the values.
+        """
         m = self.probes
         middle = (low + high) / 2 if centre is None else centre
         value, bottom, top = middle.mean(0), low.mean(0), high.mean(0)
-        stderr = middle.std(0) / math.sqrt(m) if m > 1 else torch.full_like(value, math.inf)
+        stderr = torch.full_like(value, math.inf)
+        if m > 1:
+            variance = middle.var(0)
+            if energy is not None:
+                variance = sample_variance(variance, value - known, energy.mean(0), m, self.size)
+            stderr = (variance / m).sqrt()
         noise = torch.where(stderr > 0, student(m) * stderr, torch.zeros_like(stderr))
         bracket = torch.maximum(top - value, value - bottom)
         part = "Monte-Carlo error" if float(noise.max()) > float(bracket.max()) else "Quadrature bracket"

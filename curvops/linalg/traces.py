@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvops.errors import ShapeError
-from curvops.linalg.growth import student
+from curvops.linalg.growth import sample_variance, student
 from curvops.linalg.probes import derive_seed, rademacher, resolve_seed
 from curvops.linalg.results import EstimateReport
 from curvops.typing import Matmat
@@ -28,10 +28,15 @@ class Moments:
         self.count = 0
         self.mean: Tensor = torch.zeros((), dtype=torch.float64)
         self.squares: Tensor = torch.zeros((), dtype=torch.float64)
+        self.energy: Tensor | None = None
+        self.sizes: Tensor | int = 1
 
-    def add(self, samples: Float[Tensor, "... m"]) -> None:
-        """Take in samples along the last dimension."""
+    def add(self, samples: Float[Tensor, "... m"], energy: Tensor | None = None, sizes: Tensor | int = 1) -> None:
+        """Take in samples along the last dimension; `energy` and `sizes` as in `sample_variance`."""
         samples = samples.to(torch.float64)
+        if energy is not None:
+            before = 0.0 if self.energy is None else self.energy
+            self.energy, self.sizes = before + energy.to(torch.float64).sum(-1), sizes
         n, k = self.count, samples.shape[-1]
         mean = samples.mean(-1)
         squares = (samples - mean[..., None]).square().sum(-1)
@@ -47,7 +52,10 @@ class Moments:
         """Standard error of the mean; infinite for one sample."""
         if self.count < 2:
             return torch.full_like(self.mean, math.inf)
-        return (self.squares / (self.count - 1) / self.count).sqrt()
+        variance = self.squares / (self.count - 1)
+        if self.energy is not None:
+            variance = sample_variance(variance, self.mean, self.energy / self.count, self.count, self.sizes)
+        return (variance / self.count).sqrt()
 
     def half_width(self) -> Tensor:
         """t₀.₉₇₅(m − 1) standard errors."""
@@ -68,6 +76,8 @@ def _estimate(
     size: int,
     sample: Callable[[Tensor, Tensor], Tensor],
     small: Callable[[Tensor, Tensor, float], bool],
+    energy: Callable[[Tensor], Tensor] | None = None,
+    sizes: Tensor | int = 1,
     *,
     name: str,
     default: float,
@@ -99,7 +109,8 @@ def _estimate(
             while moments.count < goal:
                 count = min(CHUNK, goal - moments.count)
                 Z = rademacher(size, moments.count, count, seed=stream, dtype=dtype, device=device)
-                moments.add(sample(Z, matmat(Z).detach()))
+                AZ = matmat(Z).detach()
+                moments.add(sample(Z, AZ), None if energy is None else energy(AZ), sizes)
             matvecs = moments.count
             half = moments.half_width()
             met = target is None or small(half, moments.mean, target)
@@ -189,6 +200,8 @@ def hutchinson_trace(
         size,
         lambda Z, AZ: (Z * AZ).sum(0, dtype=torch.float64),
         lambda half, mean, target: bool(half <= target * mean.abs()),
+        lambda AZ: AZ.square().sum(0, dtype=torch.float64),
+        size,
         name="Hutchinson",
         default=0.01,
         rtol=rtol,
@@ -277,11 +290,17 @@ def block_traces(
         product = Z * AZ
         return torch.stack([product[part].sum(0, dtype=torch.float64) for part in parts])
 
+    def energy(AZ: Tensor) -> Tensor:
+        return torch.stack([AZ[part].square().sum(0, dtype=torch.float64) for part in parts])
+
+    lengths = torch.stack([torch.ones(size, dtype=torch.float64, device=device)[part].sum() for part in parts])
     value, report = _estimate(
         matmat,
         size,
         sample,
         lambda half, mean, target: bool((half <= target * mean.abs().clamp(min=float(mean.abs().mean()))).all()),
+        energy,
+        lengths.clamp(min=1),
         name="Hutchinson per block",
         default=0.01,
         rtol=rtol,

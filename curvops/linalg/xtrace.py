@@ -17,9 +17,9 @@ from curvops.linalg.traces import FIRST_PROBES, check, unit_vectors
 from curvops.typing import Matmat
 
 _STREAM = 4
-_CORRELATION = math.sqrt(2)
+_CORRELATION = {"XTrace": 2.0, "XDiag": math.sqrt(2)}
 """The leave-one-out estimates share all but one vector, so their spread over √m understates the error of their mean: by
-up to 1/√2 on the diagonals measured here (the limit as m grows), and about as much on traces of decaying spectra."""
+up to 1/√2 for diagonals (the limit as m grows) and up to 1/2 for traces, measured over the spectra of the tests."""
 
 
 class _Sketch:
@@ -137,7 +137,7 @@ def _run(
             samples = samples.to(torch.float64)
             value, m = samples.mean(-1), goal
             stderr = (
-                _CORRELATION * samples.std(-1) / math.sqrt(m)
+                _CORRELATION[name] * samples.std(-1) / math.sqrt(m)
                 if m > 1 or sketch.complete
                 else torch.full_like(value, math.inf)
             )
@@ -195,7 +195,8 @@ def xtrace(
         device: Device on which the matrix multiplies.
 
     Returns:
-        `(value, report)`; the standard error is √2 times the paper's, whose leave-one-out estimates are correlated.
+        `(value, report)`; the standard error is twice (`xdiag`: √2 times) the paper's, whose leave-one-out estimates
+        are correlated.
 
     Cost: 2m products, O(P·m²), memory 4·P·m. Once 2m reaches P, the P unit vectors are taken: exact.
     Source: Epperly, Tropp, Webber, XTrace: making the most of every sample in stochastic trace estimation, 2024.

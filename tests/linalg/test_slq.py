@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError
 from curvops.linalg import quadrature
-from curvops.linalg.growth import interval, student
+from curvops.linalg.growth import interval, sample_variance, student
 from curvops.linalg.slq import slq_logdet, slq_trace
 from curvops.linalg.split import split
 
@@ -185,3 +185,20 @@ def test_interval_is_students() -> None:
     assert found.noise == pytest.approx(4.302652729911275 * found.stderr)
     assert found.bracket == pytest.approx(0.35)
     assert math.isinf(interval(low[:1], low[:1]).half_width)
+
+
+def test_variance_of_a_dominant_direction_is_not_lost() -> None:
+    v = torch.randn(P, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    B = v @ v.T / float(v.square().sum())
+    true = 2 * float(B.square().sum() - B.diagonal().square().sum())
+    bare, kept = [], []
+    for seed in range(400):
+        z = torch.randint(0, 2, (P, 10), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+        samples = ((B @ z) * z).sum(0)
+        bare.append(samples.var())
+        kept.append(sample_variance(samples.var(), samples.mean(), (B @ z).square().sum(0).mean(), 10, P))
+    assert float((torch.stack(bare) < 0.25 * true).double().mean()) > 0.1
+    assert float((torch.stack(kept) < 0.25 * true).double().mean()) < 0.02
+    # A diagonal matrix is seen without noise, and stays so.
+    zero = torch.zeros((), dtype=torch.float64)
+    assert sample_variance(zero, torch.tensor(6.0), torch.tensor(14.0), 10, 3) == 0
