@@ -14,7 +14,14 @@ from untouched import untouched
 
 import curvops as co
 from curvops.curvature import CurvatureInterface, EFInterface, GGNInterface, HessianInterface
-from curvops.errors import DataError, MemoryBudgetError, ShapeError, StaleOperatorError, UnsupportedError
+from curvops.errors import (
+    DataError,
+    MemoryBudgetError,
+    NonDeterministicDataError,
+    ShapeError,
+    StaleOperatorError,
+    UnsupportedError,
+)
 from curvops.testing import problems
 
 NATIVE = [GGNInterface, EFInterface, HessianInterface]
@@ -225,6 +232,28 @@ def test_a_later_change_is_caught() -> None:
         model[0].weight.mul_(2.0)  # type: ignore[operator]
     with pytest.raises(StaleOperatorError, match=r"0\.weight"):
         D.diagonal()
+
+
+class Switched(nn.Module):
+    """Depends on an attribute that nothing watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 3).double(), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * self.layer(x)
+
+
+@pytest.mark.parametrize("cls", [GGNInterface, HessianInterface, co.CurvlinopsGGN])
+@pytest.mark.parametrize("method", ["full", "diag"])
+def test_outputs_that_differ_from_those_of_the_loss_are_caught(cls: type, method: str) -> None:
+    x, y = problems.problem("mlp").data()
+    model = Switched()
+    _, operator = getattr(cls(model, "classification"), method)(x, y)
+    model.gain = 2.0
+    with pytest.raises(NonDeterministicDataError, match="batch 0 differ"):
+        operator.to_dense()
 
 
 # ---------------------------------------------------------------- which parameters
