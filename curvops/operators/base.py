@@ -269,7 +269,8 @@ class LinearOperator:
         from curvops.operators.routes import logdet
 
         self._require_square("logdet")
-        return _answer(*logdet.plan(self, method).run(), return_report)
+        value, report = logdet.plan(self, method).run()
+        return _answer(value, report, return_report)
 
     @verb
     def slogdet(self) -> tuple[Tensor, Tensor]:
@@ -285,7 +286,8 @@ class LinearOperator:
         from curvops.operators.routes import trace
 
         self._require_square("trace")
-        return _answer(*trace.plan(self, method).run(), return_report)
+        value, report = trace.plan(self, method).run()
+        return _answer(value, report, return_report)
 
     @verb
     def diagonal(self, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -293,7 +295,8 @@ class LinearOperator:
         from curvops.operators.routes import diagonal
 
         self._require_square("diagonal")
-        return _answer(*diagonal.plan(self, method).run(), return_report)
+        value, report = diagonal.plan(self, method).run()
+        return _answer(value, report, return_report)
 
     @verb
     def eigsh(
@@ -377,14 +380,16 @@ class LinearOperator:
         """`‖A‖_F`; exact where a dense matrix is affordable, otherwise estimated to 1 %."""
         from curvops.operators.routes import norms
 
-        return _answer(*norms.frobenius(self, method).run(), return_report)
+        value, report = norms.frobenius(self, method).run()
+        return _answer(value, report, return_report)
 
     @verb
     def spectral_norm(self, *, rtol: float = 1e-3, return_report: bool = False) -> Any:
         """`‖A‖₂`, the largest singular value, with a bracket in the report."""
         from curvops.operators.routes import norms
 
-        return _answer(*norms.spectral(self, rtol).run(), return_report)
+        value, report = norms.spectral(self, rtol).run()
+        return _answer(value, report, return_report)
 
     @verb
     def to_dense(self) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Parts:
         """The identity."""
         return self._rounded(torch.eye(size, dtype=torch.float64))
 
-    def closure(self, M: Tensor, **facts: bool | float | None) -> Closure:
+    def closure(self, M: Tensor, **facts: Any) -> Closure:
         """M behind a function, with its transpose."""
         return Closure(
             lambda V: M @ V, (M.shape[0], M.shape[1]), dtype=self.dtype, device=self.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, re
 
     def run() -> tuple[Tensor, EstimateReport]:
         seed = resolve_seed(method.generator)
-        kept = {"max_probes": probes_within_memory(A)} if isinstance(method, methods.XTrace) else {}
+        kept: dict[str, Any] = {"max_probes": probes_within_memory(A)} if isinstance(method, methods.XTrace) else {}
         value, report = estimator(
             product(A), A.shape[0], probes=method.probes, rtol=method.rtol, seed=seed, dtype=A.dtype, device=A.device,
             **kept,

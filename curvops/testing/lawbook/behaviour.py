@@ -149,7 +149,6 @@ def _kind(operator: LinearOperator) -> str:
 
 
 LAWS = (
-    words_compute_nothing,
     deferred_parts_are_built_once,
     release_changes_no_answer,
     pickled_copies_are_equal,
