@@ -25,6 +25,9 @@ from curvops.nets.forward import take
 WORKING_BYTES = 2**28
 """A chunk takes no more than this, however large the budget: larger ones only leave the caches."""
 
+CPU_COLUMN_BYTES = 2**23
+"""On a CPU, columns whose transients exceed this are pulled back one by one."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,12 +37,14 @@ class Step:
         factors: Per parameter; None where the gradients are zero.
         active: `(b,)` or `(b, T)`: which data and positions count (False at ignored targets).
         first: Whether these are the first columns of their examples.
+        last: Whether they are the last.
         outputs: f of the examples.
     """
 
     factors: list[Factors | None]
     active: Bool[Tensor, "*b"]
     first: bool
+    last: bool
     outputs: Tensor
 
 
@@ -96,13 +101,20 @@ class LayerPass:
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = likelihood.active(capture.outputs, part.y)
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
-                step = max(1, room // (stop - start))
                 examples = max(1, room // columns.count)
-                for i, U in enumerate(columns.chunks(step)):
-                    yield Step(capture.factors(U), active, i == 0, capture.outputs)
+                groups = list(columns.chunks(self._step(stop - start, room)))
+                for i, U in enumerate(groups):
+                    yield Step(capture.factors(U), active, i == 0, i == len(groups) - 1, capture.outputs)
             finally:
                 capture.release()
             start = stop
+
+    def _step(self, examples: int, room: int) -> int:
+        """Columns pulled back in one go: what fits; on a CPU no more than pays, since its caches are small."""
+        within = room // examples
+        if self.objective.selection.device.type == "cpu":
+            within = min(within, CPU_COLUMN_BYTES // max(1, examples * self.layers.bytes_per_example))
+        return max(1, within)
 
     def _budget(self) -> int:
         return max(1, min(self.objective.budget() // 4, WORKING_BYTES))

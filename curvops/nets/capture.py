@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvops.errors import UnsupportedError
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
-from curvops.nets.forward import Inputs, Network, take
+from curvops.nets.forward import Inputs, Network, rebuilt, take
 from curvops.nets.graph import graph_bytes
 from curvops.nets.jacobians import close, example_rows
 from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
@@ -97,7 +97,7 @@ class Layers:
     def _learned(self, x: Inputs, size: int) -> _Plan:
         count = min(size, _WITNESSES)
         while True:
-            few = Capture(self, take(x, 0, count, size))
+            few = Capture(self, _copied(take(x, 0, count, size)))
             layouts, sure = few.layouts()
             if sure or count == size:
                 break
@@ -344,6 +344,13 @@ class Capture(_Kept):
         chunks = example_rows(self._network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
         rows = torch.cat([r for _, r, _ in chunks]).transpose(0, 1)
         return list(rows.split(list(some.sizes), dim=-1))
+
+
+def _copied(x: Inputs) -> Inputs:
+    """Inputs on storage of their own, so that what a graph keeps of them is their share alone."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    return rebuilt(x, {key: value.clone() for key, value in x.items() if isinstance(value, Tensor)})
 
 
 def _merge_positions(cotangent: Tensor, kind: str) -> Tensor:

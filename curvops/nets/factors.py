@@ -37,22 +37,26 @@ class Outer:
         return Outer(self.a[rows], self.g[:, rows], self.flipped)
 
     def multiplied_out(self) -> Float[Tensor, "K B p"]:
-        left, right = (self.a.unsqueeze(0), self.g) if self.flipped else (self.g, self.a.unsqueeze(0))
-        left, right = left.movedim(2, -1), right.movedim(2, -2)  # (·, B, G, X, T), (·, B, G, T, Y)
-        return (left @ right).flatten(2)
+        K, B, T, G, O = self.g.shape
+        # One product per example and group with the columns side by side, so that `a` is read once.
+        g = self.g.permute(1, 3, 0, 4, 2).reshape(B * G, K * O, T)
+        a = self.a.transpose(1, 2).reshape(B * G, T, -1)
+        rows = torch.bmm(g, a).reshape(B, G, K, O, -1)  # (B, G, K, O, I)
+        rows = rows.permute(2, 0, 1, 4, 3) if self.flipped else rows.permute(2, 0, 1, 3, 4)
+        return rows.flatten(2)
 
     def squares(self) -> Float[Tensor, " p"]:
         if self.positions == 1:
-            g, a = self.g[:, :, 0].square().sum(0), self.a[:, 0].square()
-            left, right = (a, g) if self.flipped else (g, a)
-            return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).reshape(-1)
+            return self.squared_product(self.g[:, :, 0].square().sum(0))
         return _chunked_squares(self, self.g.shape[0] * self.a[0, 0].numel() * self.g.shape[-1])
 
-    def rotated(self, Qa: Tensor, Qg: Tensor) -> Outer:
-        """In the bases `Qa` (G, I, I) and `Qg` (G, O, O): a ↦ Qaᵀ a, g ↦ Qgᵀ g."""
-        return Outer(
-            torch.einsum("btgi,gij->btgj", self.a, Qa), torch.einsum("kbtgo,goj->kbtgj", self.g, Qg), self.flipped
-        )
+    def squared_product(self, g_squared: Float[Tensor, "B G O"]) -> Float[Tensor, " p"]:
+        """Σ_n g²_n (a²_n)ᵀ, for one position and squares summed over the columns."""
+        a = self.a[:, 0].square()
+        left, right = (a, g_squared) if self.flipped else (g_squared, a)
+        if left.shape[1] == 1:
+            return (left[:, 0].T @ right[:, 0]).reshape(-1)
+        return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,39 @@ class Direct:
 
 
 Part = Outer | Lookup | Shift | Direct
+
+
+class SquareSum:
+    """Σ_kn G_kn², entry by entry, over examples that come with their columns in several goes.
+
+    Args:
+        size: p.
+        like: A tensor of the dtype and on the device of the sum.
+
+    Without weight sharing only the squares of g are summed until `flush`, which ends the examples: then one product
+    with the squares of a serves all columns.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.value: Tensor = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self._part: Outer | None = None
+        self._g_squared: Tensor | None = None
+
+    def add(self, factors: Factors) -> None:
+        """Some columns of the present examples."""
+        part = factors.parts[0]
+        if len(factors.parts) > 1 or not isinstance(part, Outer) or part.positions > 1:
+            self.value += factors.squares()
+            return
+        g_squared = part.g[:, :, 0].square().sum(0)
+        self._part = part
+        self._g_squared = g_squared if self._g_squared is None else self._g_squared.add_(g_squared)
+
+    def flush(self) -> None:
+        """The present examples have had all their columns."""
+        if self._part is not None and self._g_squared is not None:
+            self.value += self._part.squared_product(self._g_squared)
+        self._part = self._g_squared = None
 
 
 class Factors:
@@ -269,7 +306,7 @@ def _chunked_squares(part: Outer | Factors, per_example: int) -> Tensor:
     total = None
     for rows in _slices(B, per_example):
         G = part.examples(rows).multiplied_out().flatten(0, 1)
-        square = torch.einsum("np,np->p", G, G)
+        square = G.square_().sum(0)
         total = square if total is None else total.add_(square)
     assert total is not None
     return total

@@ -59,16 +59,25 @@ class Site(NamedTuple):
         return shape_at(self.operand)
 
 
-class Placement(NamedTuple):
+class Placement:
     """Where the entries of an operand lie in its parameter.
 
     Attributes:
-        labels: `(p,)` for each flat entry of the parameter, 1 + the flat position in the operand, 0 where unused.
         whole: Whether operand and parameter are the same entries in the same order.
+        transposed: Whether the operand is the parameter's transpose.
     """
 
-    labels: Tensor
-    whole: bool
+    def __init__(self, size: int, device: torch.device, labels: Tensor | None = None, transposed: bool = False) -> None:
+        self._size, self._device, self._labels = size, device, labels
+        self.transposed = transposed
+        self.whole = labels is None and not transposed
+
+    @property
+    def labels(self) -> Tensor:
+        """`(p,)` for each flat entry of the parameter, 1 + the flat position in the operand, 0 where unused."""
+        if self._labels is None:
+            return torch.arange(1, self._size + 1, device=self._device)
+        return self._labels
 
 
 def shape_at(edge: GradientEdge) -> torch.Size:
@@ -118,13 +127,16 @@ def placement(site: Site, tensor: Tensor) -> Placement | None:
 
     The operations between them only move entries, so that pulling back the numbers 1, 2, … shows where each came from.
     """
+    p = tensor.numel()
     if not site.moved:
-        return Placement(torch.arange(1, tensor.numel() + 1, device=tensor.device), whole=True)
+        return Placement(p, tensor.device)
+    if site.moved == ("TBackward0",) and tensor.dim() == 2:
+        return Placement(p, tensor.device, transposed=True)
     shape = site.operand_shape
     if shape.numel() > 1 / torch.finfo(tensor.dtype).eps:
         return None
     numbers = torch.arange(1, shape.numel() + 1, dtype=tensor.dtype, device=tensor.device).reshape(shape)
     (labels,) = torch.autograd.grad([site.operand], [tensor], [numbers], retain_graph=True)
     labels = labels.reshape(-1).long()
-    ordered = labels.numel() == shape.numel() and torch.equal(labels, numbers.reshape(-1).long())
-    return Placement(labels, whole=ordered)
+    ordered = p == shape.numel() and torch.equal(labels, numbers.reshape(-1).long())
+    return Placement(p, tensor.device, None if ordered else labels)

@@ -106,6 +106,8 @@ def _product(site: Site, place: Placement, shape: torch.Size, other: Tensor, rig
 
     if len(shape) < 2 or any(one != 1 for one in ones):
         return None
+    if place.whole or place.transposed:
+        return _outer(site, X, columns_last, flipped=place.whole == right)
     rows = place.labels.reshape(shape[0], -1)
     used = (rows != 0).any(1)
     part = rows[used] - 1
@@ -314,11 +316,9 @@ def _broadcast_sum(site: Site, place: Placement, shape: torch.Size, factor: Tens
     edge = GradientEdge(site.node, 0)
     full = shape_at(edge)
     operand = (1,) * (len(full) - len(site.operand_shape)) + tuple(site.operand_shape)
-    source = (place.labels - 1).clamp(min=0)
-    unused = place.labels == 0
 
     def placed(e: Tensor) -> Tensor:  # (…, operand's entries) → (…, p)
-        return e if place.whole else e[..., source] * ~unused
+        return e if place.whole else e[..., (place.labels - 1).clamp(min=0)] * (place.labels > 0)
 
     if factor is None and len(full) > 1 and operand == (*(1,) * (len(full) - 1), full[-1]):
         rows = full[:-1].numel()

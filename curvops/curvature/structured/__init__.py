@@ -1,4 +1,4 @@
-"""Curvatures with a structure: diagonals, Kronecker factors, blocks, low rank; computed layer by layer at first need."""
+"""Curvatures with a structure: diagonals, Kronecker factors, blocks, low rank; layer by layer, at first need."""
 
 from curvops.curvature.structured.blocks import BlockEF, BlockGGN, BlockHessian
 from curvops.curvature.structured.diagonal import DiagonalEF, DiagonalGGN, DiagonalHessian

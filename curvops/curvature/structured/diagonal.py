@@ -17,6 +17,7 @@ from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.objective import Objective, Options
 from curvops.linalg.results import EstimateReport
+from curvops.nets.factors import SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.deferred import Deferred
 from curvops.operators.diagonal import Diagonal
@@ -56,15 +57,17 @@ class _GaussNewtonDiagonal(_DataDiagonal):
     def _built(self) -> LinearOperator:
         layers = LayerPass(self.objective, self.cotangents)
         selection = self.objective.selection
-        totals = [torch.zeros(size, dtype=self.dtype, device=self.device) for size in selection.sizes]
+        sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
         with torch.no_grad():
             for step in layers:
-                for total, factors in zip(totals, step.factors, strict=True):
+                for total, factors in zip(sums, step.factors, strict=True):
                     if factors is not None:
-                        total += factors.squares()
+                        total.add(factors)
+                    if step.last:
+                        total.flush()
         if layers.fallback:
             self.note = f"per-example rows for {', '.join(layers.fallback)}"
-        return Diagonal(selection.gather(torch.cat(totals)))
+        return Diagonal(selection.gather(torch.cat([total.value for total in sums])))
 
 
 class DiagonalGGN(_GaussNewtonDiagonal):

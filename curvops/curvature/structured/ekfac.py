@@ -20,7 +20,7 @@ from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.expected import Expected, expected
 from curvops.curvature.structured.kfac import FromData, check_choice, deferred, refuse_indices
 from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, combined
-from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
+from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift, SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import Diagonal, Identity
@@ -100,25 +100,26 @@ class _Basis:
         self.one, self.two = _eigenvectors(first), None if second is None else _eigenvectors(second)
         n = len(first) if first.dim() == 1 else first.shape[0] * first.shape[1]
         m = 1 if second is None else second.shape[-1]
-        self.values = first.new_zeros(n * m)
+        self.squares = SquareSum(n * m, first)
+        self._inputs: tuple[Tensor, Tensor] | None = None
 
     def add(self, factors: Factors) -> None:
         """Squares of the gradients of some examples along some columns, in the basis."""
         if len(factors.parts) == 1:
-            self.values += self._rotated(factors).squares()
+            self.squares.add(self._rotated(factors))
             return
         whole = factors.per_example()
-        n = self.values.numel() // (1 if self.two is None else self.two.shape[-1])
+        n = factors.size // (1 if self.two is None else self.two.shape[-1])
         rows = whole.unflatten(-1, (n, -1))
         rows = rows if self.one is None else self.one[0].T @ rows
         rows = rows if self.two is None else rows @ self.two[0]
-        self.values += rows.square().sum((0, 1)).reshape(-1)
+        self.squares.value += rows.square().sum((0, 1)).reshape(-1)
 
     def operator(self) -> LinearOperator:
         """`Q diag(λ) Qᵀ`, one for each group."""
         groups = 1 if self.one is None else self.one.shape[0]
         blocks = []
-        for i, values in enumerate(self.values.chunk(groups)):
+        for i, values in enumerate(self.squares.value.chunk(groups)):
             if self.two is None:
                 assert self.one is not None
                 blocks.append(Eigen(self.one[i], values))
@@ -138,7 +139,9 @@ class _Basis:
             assert self.one is not None
             assert self.two is not None
             Qa, Qg = (self.one, self.two) if part.flipped else (self.two, self.one)
-            return Factors(factors.size, [part.rotated(Qa, Qg)])
+            if self._inputs is None or self._inputs[0] is not part.a:  # the same for all columns of the examples
+                self._inputs = part.a, _turned(part.a, Qa)
+            return Factors(factors.size, [Outer(self._inputs[1], _turned(part.g, Qg), part.flipped)])
         if isinstance(part, Lookup):
             assert self.two is not None
             return Factors(factors.size, [Lookup(part.index, part.g @ self.two[0], part.size)])
@@ -174,6 +177,8 @@ class _Corrected:
                 for basis, factors in zip(bases, step.factors, strict=True):
                     if basis is not None and factors is not None:
                         basis.add(factors)
+                    if basis is not None and step.last:
+                        basis.squares.flush()
         self.factors.forget()
         like = selection.tensors[0].detach()
         return [
@@ -183,6 +188,13 @@ class _Corrected:
 
 def _is_factored(statistics: Statistics) -> bool:
     return statistics.exact is None and bool(statistics.pairs)
+
+
+def _turned(t: Tensor, Q: Tensor) -> Tensor:
+    """Each group's last axis in the basis Q `(G, d, d)`: t ↦ Qᵀ t, t `(…, G, d)`."""
+    if Q.shape[0] == 1:
+        return t @ Q[0]
+    return (t.unsqueeze(-2) @ Q).squeeze(-2)
 
 
 def _eigenvectors(factor: Tensor) -> Tensor | None:

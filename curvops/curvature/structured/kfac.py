@@ -15,7 +15,7 @@ from curvops.curvature.layerpass import LayerPass
 from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.expected import Expected, expected, module_of
-from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, has_pairs
+from curvops.curvature.structured.statistics import Approx, Fallback, Moments, Statistics, has_pairs
 from curvops.errors import ShapeError, UnsupportedError, UnsupportedLayerError
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import Layout, LinearOperator
@@ -169,6 +169,7 @@ class FromData:
         found = [Statistics(size, approx=self.approx) for size in selection.sizes]
         with torch.no_grad():
             for step in self.passes:
+                moments = Moments()
                 for i, factors in enumerate(step.factors):
                     if factors is None:
                         continue
@@ -178,7 +179,7 @@ class FromData:
                             f"{module_of(self.objective.network.module, selection.names[i])}; pass fallback='diag' or "
                             "'full' for an exact block there, or leave it out with params=[…]"
                         )
-                    found[i].add(factors, step.active, step.first, self.fallback)
+                    found[i].add(factors, step.active, step.first, self.fallback, moments)
         return found
 
 

@@ -25,6 +25,9 @@ from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.kronecker import Kronecker
 
+_PANEL = 64
+"""Columns of a panel of a symmetric product."""
+
 Approx = Literal["expand", "reduce"]
 Fallback = Literal["diag", "full", "raise"]
 
@@ -76,7 +79,7 @@ class Statistics:
         self.pairs: dict[object, Pair] = {} if pairs is None else pairs
         self.approx: Approx = approx
 
-    def add(self, factors: Factors, active: Tensor, first: bool, fallback: Fallback) -> None:
+    def add(self, factors: Factors, active: Tensor, first: bool, fallback: Fallback, moments: Moments) -> None:
         """Some columns of some examples.
 
         Args:
@@ -84,12 +87,13 @@ class Statistics:
             active: `(B,)` or `(B, T)`, what counts.
             first: Whether the examples come for the first time, so that their inputs count.
             fallback: What to do where there are no factors.
+            moments: What other parameters of the same columns have computed.
         """
         if not has_pairs(factors):
             self._add_exact(factors, fallback)
             return
         for part in factors.parts:
-            key, pair = _pair(part, active, self.approx, first)
+            key, pair = _pair(part, active, self.approx, first, moments)
             self.pairs[key] = pair if key not in self.pairs else _accumulated(self.pairs[key], pair)
 
     def plus(self, other: Statistics) -> Statistics:
@@ -186,7 +190,7 @@ def _square(factor: Tensor | None) -> Tensor:
 
 
 def _accumulated(total: Pair, new: Pair) -> Pair:
-    total.B += new.B
+    total.B = total.B + new.B  # out of place: a weight and its bias hold the same tensor
     if new.terms:
         if total.A is not None and new.A is not None:
             total.A += new.A
@@ -194,18 +198,30 @@ def _accumulated(total: Pair, new: Pair) -> Pair:
     return total
 
 
-def _pair(part: Part, active: Tensor, approx: Approx, first: bool) -> tuple[object, Pair]:
+class Moments:
+    """Second moments of one step's output derivatives, each computed once: a weight and its bias share theirs."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def outputs(self, g: Tensor, together: bool) -> Tensor:
+        """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`, positions summed first where they are `together`."""
+        key = (g.data_ptr(), g.shape, tuple(s for s, n in zip(g.stride(), g.shape, strict=True) if n > 1), together)
+        if key not in self._found:  # g is kept with the answer, so that its address is not given to another tensor
+            self._found[key] = g, _outputs(g.sum(2, keepdim=True) if together else g)
+        return self._found[key][1]
+
+
+def _pair(part: Part, active: Tensor, approx: Approx, first: bool, moments: Moments) -> tuple[object, Pair]:
     assert isinstance(part, Outer | Lookup | Shift)
     # Averages over positions would make a lookup's A dense; its positions stay apart in both approximations.
     together = approx == "reduce" and not isinstance(part, Lookup)
     weight = _weight(part, active) if first else None
     if isinstance(part, Outer):
-        g = part.g.sum(2, keepdim=True) if together else part.g  # (K, B, T, G, O)
-        B = _second_moment(g.permute(3, 0, 1, 2, 4).flatten(1, 3))
+        B = moments.outputs(part.g, together)
         A, terms = _inputs(part.a, weight, together)
         return ("outer", part.flipped, *B.shape), Pair(part.flipped, A, B, terms)
-    g = part.g.sum(2, keepdim=True) if together else part.g
-    B = _second_moment(g.flatten(0, 2).unsqueeze(0))
+    B = moments.outputs(part.g.unsqueeze(3), together)
     if isinstance(part, Shift):
         terms = 0.0 if weight is None else float(weight.amax(1).sum() if together else weight.sum())
         return ("shift", *B.shape), Pair(False, None, B, terms)
@@ -239,6 +255,26 @@ def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
     return active.reshape(B, -1).any(1, keepdim=True).expand(B, T).to(part.g.dtype)
 
 
+def _outputs(g: Tensor) -> Tensor:
+    """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`."""
+    if g.shape[2] >= g.shape[4] and g.stride(2) < g.stride(4):  # positions last in memory, as convolutions have them
+        X = g.permute(3, 0, 1, 4, 2).flatten(1, 2)  # (G, K·B, O, T)
+        return (X @ X.transpose(2, 3)).sum(1)
+    return _second_moment(g.permute(3, 0, 1, 2, 4).flatten(1, 3))
+
+
 def _second_moment(rows: Tensor) -> Tensor:
     """Σ r rᵀ for rows `(G, n, d)` → `(G, d, d)`."""
-    return rows.transpose(1, 2) @ rows
+    if rows.shape[0] > 1:
+        return rows.transpose(1, 2) @ rows
+    X = rows[0]
+    d = X.shape[1]
+    if d < 2 * _PANEL:
+        return (X.T @ X).unsqueeze(0)
+    # Torch has no symmetric product; in panels of columns nearly half of the work is saved.
+    total = X.new_empty(d, d)
+    for start in range(0, d, _PANEL):
+        stop = min(d, start + _PANEL)
+        torch.mm(X[:, start:stop].T, X[:, start:], out=total[start:stop, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total.unsqueeze(0)
