@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 from curvops.errors import CurvopsError, ShapeError, UnsupportedError
 from curvops.nets.forward import Inputs, Network, explained_product
 from curvops.nets.graph import graph_bytes
+from curvops.nets.kernels import LeanLayers
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.patches import recording, tracked_only, unhooked
 
@@ -126,7 +127,8 @@ class Linearisation(_Kept):
         self, network: Network, selection: ParameterSelection, x: Inputs, *, engine: Engine = "double_backward"
     ) -> None:
         super().__init__(network, selection, engine)
-        self._f: Tensor = network(x, selection.tensors)
+        with LeanLayers():
+            self._f: Tensor = network(x, selection.tensors)
         self.outputs: Tensor = self._f.detach()
         # Zero Jacobian: nothing selected reaches the output.
         self._constant = not self._f.requires_grad

@@ -1,0 +1,218 @@
+"""Layers whose adjoint is differentiated once more, in its cotangent alone: what a Jacobian product needs, no more.
+
+Double backward gets `J v` by differentiating `u → Jᵀu` in u. PyTorch's double backward of a convolution computes the
+derivatives in its input and its weight as well, wanted or not, which doubles the work. Here a linear layer's adjoint
+holds input and weight as constants:
+
+    y = W x + b ,   u → (Wᵀ u, u xᵀ, u) ,   (dx, dW, db) → W dx + dW x + db
+
+Second derivatives in x and W do not exist on such a graph: it is for Jacobians; Hessians run on PyTorch's own layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from curvops.errors import UnsupportedError
+
+_Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""stride, padding, dilation, groups"""
+
+
+class LeanLayers(TorchFunctionMode):
+    """Runs `F.linear` and `F.conv1d … 3d` on tensors that need a gradient as the functions of this module."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func in _CONVOLUTIONS:
+            return _convolution(func, _CONVOLUTIONS[func], *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _lean(input, weight, bias) or weight.dim() != 2:
+        return F.linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
+
+
+def _convolution(
+    stock: Callable[..., Tensor],
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    # An unbatched image, or padding that need not be symmetric: PyTorch's own layer, which is right but not lean.
+    if not _lean(input, weight, bias) or isinstance(padding, str) or input.dim() != dimensions + 2:
+        return stock(input, weight, bias, stride, padding, dilation, groups)
+    per_axis = [tuple(s) if len(s) > 1 else tuple(s) * dimensions for s in map(_sequence, (stride, padding, dilation))]
+    return _Convolution.apply(input, weight, bias, (*per_axis, groups))  # type: ignore[return-value]
+
+
+def _sequence(value: int | Sequence[int]) -> Sequence[int]:
+    return (value,) if isinstance(value, int) else value
+
+
+def _lean(*tensors: Tensor | None) -> bool:
+    # Checkpointing and offloading intercept what is saved, and run the forward again where no mode reaches: inside the
+    # engine. Both times PyTorch's own layer runs, so that both save the same.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    present = [t for t in tensors if t is not None]
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided for t in present)
+    return plain and any(t.requires_grad for t in present) and len({t.dtype for t in present}) == 1
+
+
+_CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class _Linear(Function):
+    """`x Wᵀ + b`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W if ctx.needs_input_grad[0] else None)
+        return F.linear(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        x, W = _constants(ctx)
+        if torch.is_grad_enabled():
+            return _LinearAdjoint.apply(*cotangents, x, W, ctx.needs_input_grad[2])
+        return _linear_adjoint(*cotangents, x, W, ctx.needs_input_grad[2])
+
+
+class _LinearAdjoint(Function):
+    """`u → (u W, uᵀ x, Σ u)`."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
+        ctx.save_for_backward(x, W)
+        ctx.set_materialize_grads(False)
+        ctx.shape = u.shape
+        return _linear_adjoint(u, x, W, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        _once()
+        dx, dW, db = tangents
+        x, W = _constants(ctx)
+        dy = None
+        if dx is not None:
+            assert W is not None
+            dy = dx @ W.t()
+        if dW is not None:
+            assert x is not None
+            dy = _sum(dy, x @ dW.t())
+        if db is not None:
+            dy = db.expand(ctx.shape) if dy is None else dy + db
+        return dy, None, None, None
+
+
+def _linear_adjoint(u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
+    rows = u.reshape(-1, u.shape[-1])
+    return (
+        None if W is None else u @ W,
+        None if x is None else rows.t() @ x.reshape(-1, x.shape[-1]),
+        rows.sum(0) if bias else None,
+    )
+
+
+class _Convolution(Function):
+    """`W * x + b` with `settings`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, settings: _Settings) -> Tensor:
+        # Shapes of both are needed on either way; keeping the weight costs nothing, keeping the input does.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        ctx.settings, ctx.shape, ctx.bias = settings, x.shape, ctx.needs_input_grad[2]
+        return _convolve(x, W, b, settings)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        x, W = _constants(ctx)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias)
+        if torch.is_grad_enabled():
+            adjoint: Any = _ConvolutionAdjoint.apply(*cotangents, x, W, ctx.shape, ctx.settings, wanted)
+        else:
+            adjoint = _convolution_adjoint(*cotangents, x, W, ctx.shape, ctx.settings, wanted)
+        return (*adjoint, None)
+
+
+class _ConvolutionAdjoint(Function):
+    """The correlations of the cotangent with W and with x, and its sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, x: Tensor | None, W: Tensor, shape: torch.Size, settings: _Settings, wanted: Any
+    ) -> Any:
+        ctx.save_for_backward(x, W)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.shape = settings, u.shape
+        return _convolution_adjoint(u, x, W, shape, settings, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        _once()
+        dx, dW, db = tangents
+        x, W = _constants(ctx)
+        dy = None
+        if dx is not None:
+            assert W is not None
+            dy = _convolve(dx, W, None, ctx.settings)
+        if dW is not None:
+            assert x is not None
+            dy = _sum(dy, _convolve(x, dW, None, ctx.settings))
+        if db is not None:
+            column = db.reshape(-1, *([1] * (len(ctx.shape) - 2)))
+            dy = column.expand(ctx.shape) if dy is None else dy + column
+        return dy, None, None, None, None, None
+
+
+def _convolve(x: Tensor, W: Tensor, b: Tensor | None, settings: _Settings) -> Tensor:
+    stride, padding, dilation, groups = settings
+    return torch.convolution(x, W, b, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
+def _convolution_adjoint(
+    u: Tensor, x: Tensor | None, W: Tensor, shape: torch.Size, settings: _Settings, wanted: Any
+) -> Any:
+    stride, padding, dilation, groups = settings
+    sizes = [W.shape[0]] if wanted[2] else None
+    return torch.ops.aten.convolution_backward(
+        u, W.new_empty(1).expand(shape) if x is None else x, W, sizes,
+        stride, padding, dilation, False, [0] * len(stride), groups, list(wanted),
+    )  # fmt: skip
+
+
+def _constants(ctx: Any) -> tuple[Any, Any]:
+    """Input and weight cut off the graph; reading them checks that nobody has written to them since."""
+    x, W = ctx.saved_tensors
+    return (None if x is None else x.detach()), (None if W is None else W.detach())
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _once() -> None:
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "this graph is for products with a Jacobian and differentiates no further; take HessianProduct for second "
+            "derivatives"
+        )
