@@ -181,11 +181,11 @@ class _Search:
         """Float64 orthonormal vectors `(P, ≥ k)` whose span holds the k wanted pairs, and whether all were found."""
         if self.norm == 0.0:
             # A killed a random vector: it is zero.
-            return torch.as_tensor(np.linalg.qr(np.stack([self._draw() for _ in range(k)], 1))[0]), True
+            return torch.as_tensor(np.linalg.qr(np.stack([self._draw() for _ in range(k)], 1))[0], device="cpu"), True
         start = None if v0 is None else v0.detach().to("cpu", torch.float64).numpy().copy()
         values, Q, complete = self._arpack(which, k, None, start, self.tol)
         if not complete:
-            return torch.as_tensor(Q), False
+            return torch.as_tensor(Q, device="cpu"), False
         for _ in range(_MAX_FOLLOW_UPS):
             # A first look needs few digits: the Ritz value is good to the square of the tolerance.
             found, _, done = self._arpack(which, 1, Q, None, max(self.tol, 1e-6))
@@ -193,7 +193,7 @@ class _Search:
                 break
             edge = np.sort(_rank(values, which))[k - 1]
             if _rank(found, which)[0] >= edge - self.margin * self.norm:
-                return torch.as_tensor(Q), True
+                return torch.as_tensor(Q, device="cpu"), True
             # From a new start: ARPACK loses digits when it begins at what is nearly an eigenvector.
             found, V, done = self._arpack(which, 1, Q, None, self.tol)
             if not done:
@@ -201,7 +201,7 @@ class _Search:
             Q = np.linalg.qr(np.concatenate((Q, V), 1))[0]
             values = np.concatenate((values, found))
         self.trouble = "The follow-up runs did not establish that no copy of a multiple eigenvalue is missing."
-        return torch.as_tensor(Q), False
+        return torch.as_tensor(Q, device="cpu"), False
 
     def _krylov_vectors(self, k: int) -> int:
         usual = max(2 * k + 1, 20)
@@ -271,7 +271,7 @@ def _chosen(values: Tensor, k: int, which: str, sigma: float | None) -> Tensor:
     if which == "BE" and sigma is None:
         low = k // 2
         size = values.numel()
-        return torch.cat((torch.arange(low), torch.arange(size - (k - low), size)))
+        return torch.cat((torch.arange(low, device="cpu"), torch.arange(size - (k - low), size, device="cpu")))
     keys = values.to("cpu", torch.float64).numpy()
     if sigma is not None:
         with np.errstate(divide="ignore"):
@@ -281,7 +281,7 @@ def _chosen(values: Tensor, k: int, which: str, sigma: float | None) -> Tensor:
         order = np.concatenate((order[: k // 2], order[len(order) - (k - k // 2) :]))
     else:
         order = np.argsort(_rank(keys, which), kind="stable")[:k]
-    return torch.as_tensor(np.sort(order))
+    return torch.as_tensor(np.sort(order), device="cpu")
 
 
 def _take(pairs: Eigenpairs, which: Tensor) -> Eigenpairs:
@@ -348,10 +348,27 @@ def _dense(
     M = A(torch.eye(size, dtype=dtype, device=device))
     if not bool(torch.isfinite(M).all()):
         raise DataError("eigsh: the operator's product holds NaN or infinity; check the parameters and the data.")
-    M = M.double()
+    pairs = dense_eigsh(M, k, which=which, sigma=sigma)
+    reason = f"a Krylov space for k={k} would be all of P={size}: dense eigh of the {size} columns."
+    return pairs, Report(algorithm="dense eigh", matvecs=A.columns, seconds=time.perf_counter() - began, reason=reason)
+
+
+def dense_eigsh(M: Tensor, k: int, *, which: Which | None = None, sigma: float | None = None) -> Eigenpairs:
+    """The k wanted eigenpairs of a dense symmetric M `(P, P)`, which and sigma as in `eigsh`.
+
+    Raises:
+        ShapeError, ValueError: k or which out of range.
+
+    Cost: O(P³), in float64.
+    """
+    size = M.shape[0]
+    if not 1 <= k <= size:
+        raise ShapeError(f"k={k} eigenpairs of a ({size}, {size}) operator; expected 1 <= k <= {size}.")
+    which = which or ("LA" if sigma is None else "LM")
+    if which not in ("LA", "SA", "LM", "SM", "BE"):
+        raise ValueError(f"which={which!r}; expected 'LA', 'SA', 'LM', 'SM' or 'BE'.")
+    dtype, M = M.dtype, M.double()
     values, vectors = torch.linalg.eigh((M + M.T) / 2)
     residuals = column_norms(M @ vectors - vectors * values)
     pairs = Eigenpairs(values.to(dtype), vectors.to(dtype), residuals.to(dtype))
-    pairs = _take(pairs, _chosen(values, k, which, sigma))
-    reason = f"a Krylov space for k={k} would be all of P={size}: dense eigh of the {size} columns."
-    return pairs, Report(algorithm="dense eigh", matvecs=A.columns, seconds=time.perf_counter() - began, reason=reason)
+    return _take(pairs, _chosen(values, k, which, sigma))

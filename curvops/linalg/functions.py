@@ -170,8 +170,8 @@ def apply_function(
             floors.append(found[2])
             steps, matvecs = max(steps, found[3]), matvecs + found[4]
         X = torch.cat(parts, dim=1) if parts else V.detach().clone()
-    residual = torch.cat(errors) if errors else torch.zeros(0, dtype=torch.float64)
-    floor = torch.cat(floors) if floors else torch.zeros(0, dtype=torch.float64)
+    residual = torch.cat(errors) if errors else torch.zeros(0, dtype=torch.float64, device="cpu")
+    floor = torch.cat(floors) if floors else torch.zeros(0, dtype=torch.float64, device="cpu")
     attainable = float(floor.max()) if columns else 0.0
     met = bool((torch.maximum(residual, floor) <= rtol).all())
     how = "bounded by shifted residuals" if weight is not None else "estimated from successive depths"
@@ -210,7 +210,10 @@ def _slab(
     columns = V.shape[1]
     tri = lanczos(matmat, V, min(_FIRST_STEPS, depth), progress=progress)
     coefficients = [np.zeros(0)] * columns
-    errors, floors = torch.full((columns,), math.inf, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64)
+    errors, floors = (
+        torch.full((columns,), math.inf, dtype=torch.float64, device="cpu"),
+        torch.zeros(columns, dtype=torch.float64, device="cpu"),
+    )
     done = tri.norms == 0
     errors[done] = 0
     while True:
@@ -233,7 +236,7 @@ def _slab(
         # A finished column takes no further part in the products; its coefficients are kept as they are.
         tri = replace(tri, exact=tri.exact | done)
         tri = extend(matmat, tri, min(depth - tri.steps, max(5, tri.steps // 2)), progress=progress)
-    full = torch.zeros(columns, tri.steps, dtype=torch.float64)
+    full = torch.zeros(columns, tri.steps, dtype=torch.float64, device="cpu")
     for i, c in enumerate(coefficients):
         full[i, : len(c)] = torch.from_numpy(c)
     out, start = torch.zeros_like(V.T), 0

@@ -129,7 +129,9 @@ class Run:
     def _fresh(self, start: int, count: int, keep: bool) -> Tridiagonal:
         if self.complete:
             z = torch.zeros(self.size, count, dtype=self.dtype, device=self.device)
-            z[torch.arange(start, start + count), torch.arange(count)] = math.sqrt(self.size)
+            z[torch.arange(start, start + count, device="cpu"), torch.arange(count, device="cpu")] = math.sqrt(
+                self.size
+            )
         else:
             z = rademacher(self.size, start, count, seed=self.seed, dtype=self.dtype, device=self.device)
         tri = lanczos(self.matmat, z, self.steps, basis=keep, progress=self.progress)

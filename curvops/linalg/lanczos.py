@@ -104,14 +104,14 @@ def lanczos(
             )
         current = start / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
         m = start.shape[0]
-        empty = torch.zeros(m, 0, dtype=torch.float64)
+        empty = torch.zeros(m, 0, dtype=torch.float64, device="cpu")
         begun = Tridiagonal(
             alphas=empty,
             betas=empty,
-            depth=torch.zeros(m, dtype=torch.int64),
+            depth=torch.zeros(m, dtype=torch.int64, device="cpu"),
             exact=lengths == 0,
             norms=lengths,
-            rounding=torch.zeros(m, dtype=torch.float64),
+            rounding=torch.zeros(m, dtype=torch.float64, device="cpu"),
             size=start.shape[1],
             matvecs=0,
             current=current,
@@ -159,14 +159,14 @@ def _advance(matmat: Matmat, tri: Tridiagonal, count: int, progress: bool) -> Tr
     current, dtype = tri.current, tri.current.dtype
     unit = torch.finfo(dtype).eps
     slab = torch.zeros(m, count, size, dtype=dtype, device=current.device)
-    alphas = torch.cat([tri.alphas, torch.zeros(m, count, dtype=torch.float64)], dim=1)
-    betas = torch.cat([tri.betas, torch.zeros(m, count, dtype=torch.float64)], dim=1)
+    alphas = torch.cat([tri.alphas, torch.zeros(m, count, dtype=torch.float64, device="cpu")], dim=1)
+    betas = torch.cat([tri.betas, torch.zeros(m, count, dtype=torch.float64, device="cpu")], dim=1)
     depth, exact, rounding = tri.depth.clone(), tri.exact.clone(), tri.rounding.clone()
     scale = _scale(tri.alphas, tri.betas)
     matvecs, taken = tri.matvecs, 0
     previous = tri.blocks[-1][:, -1] if old else None
     # A run that takes no further part must not show up as asymmetry.
-    coupling = (tri.betas[:, -1] * ~exact if old else torch.zeros(m)).to(current.device, dtype)
+    coupling = (tri.betas[:, -1] * ~exact if old else torch.zeros(m, device="cpu")).to(current.device, dtype)
     for step in tqdm(range(count), desc="Lanczos", disable=not progress, leave=False):
         j = old + step
         going = ~exact

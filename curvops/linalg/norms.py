@@ -102,7 +102,7 @@ def _krylov_norm(
     v = v / column_norms(v)
     basis = torch.empty(size, steps, dtype=dtype, device=device)
     # A V = V₊ H: its norm also counts the part of A w that leaves the space.
-    H = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    H = torch.zeros(steps + 1, steps, dtype=torch.float64, device="cpu")
     for j in range(steps):
         basis[:, j] = v[:, 0]
         w = A(v)
@@ -167,7 +167,7 @@ def frobenius_norm(
     if max_probes < 2:
         raise ValueError(f"max_probes={max_probes}; expected at least 2.")
     seed = resolve_seed(generator)
-    squares = torch.zeros(0, dtype=torch.float64)
+    squares = torch.zeros(0, dtype=torch.float64, device="cpu")
     spent = 0
 
     def sample(Z: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def rademacher(
         ShapeError: On an empty size or count.
     """
     _check(size, start, count)
-    out = torch.empty(count, size, dtype=dtype)
+    out = torch.empty(count, size, dtype=dtype, device="cpu")
     for row, stream in enumerate(_streams(seed, start, count)):
         bits = np.unpackbits(np.frombuffer(stream.bytes((size + 7) // 8), dtype=np.uint8), count=size)
         out[row] = torch.from_numpy(bits).to(dtype).mul_(2).sub_(1)
@@ -83,7 +83,7 @@ def gaussian(
     Drawn in float64 and rounded, so that a float32 run sees the probes of its float64 twin.
     """
     _check(size, start, count)
-    out = torch.empty(count, size, dtype=dtype)
+    out = torch.empty(count, size, dtype=dtype, device="cpu")
     for row, stream in enumerate(_streams(seed, start, count)):
         out[row] = torch.from_numpy(stream.standard_normal(size)).to(dtype)
     return out.T.to(device)

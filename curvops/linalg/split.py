@@ -97,13 +97,15 @@ def _spectrum(r: Rules, size: int) -> Tensor:
     nodes, order = r.gauss.nodes.flatten().sort(descending=True)
     counts = r.gauss.weights.flatten()[order].cumsum(0)
     counts = counts * (size / counts[-1])
-    places = torch.searchsorted(counts, torch.arange(size, dtype=torch.float64) + 0.5).clamp(max=len(nodes) - 1)
+    places = torch.searchsorted(counts, torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).clamp(
+        max=len(nodes) - 1
+    )
     return nodes[places]
 
 
 def _depth(gaps: Tensor, floor: float, accuracy: float) -> float:
     """Lanczos steps to `accuracy` nats: q steps spent on the q largest eigenvalues, Chebyshev's rate on the others."""
-    number = torch.arange(len(gaps), dtype=torch.float64)
+    number = torch.arange(len(gaps), dtype=torch.float64, device="cpu")
     kappa = 1 + gaps / floor
     rest = kappa.sqrt() / 4 * torch.log(2 * len(gaps) * torch.log(kappa).clamp(min=1e-6) / accuracy).clamp(min=1.0)
     return float((number + rest).min()) + 2

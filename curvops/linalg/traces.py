@@ -26,8 +26,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor = torch.zeros((), dtype=torch.float64)
-        self.squares: Tensor = torch.zeros((), dtype=torch.float64)
+        self.mean: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.squares: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
         self.energy: Tensor | None = None
         self.sizes: Tensor | int = 1
 
@@ -156,7 +156,7 @@ def unit_vectors(
     for start in range(0, size, CHUNK):
         count = min(CHUNK, size - start)
         unit = torch.zeros(size, count, dtype=dtype, device=device)
-        unit[torch.arange(start, start + count), torch.arange(count)] = 1
+        unit[torch.arange(start, start + count, device="cpu"), torch.arange(count, device="cpu")] = 1
         total = total + sample(unit, matmat(unit).detach()).to(torch.float64).sum(-1)
     assert isinstance(total, Tensor)
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -255,7 +256,8 @@ def damping(delta: Scalar | Mapping[str, Scalar], operator: LinearOperator) -> L
     size, dtype, device = operator.shape[0], operator.dtype, operator.device
     if isinstance(delta, Tensor):
         delta = delta.to(device, dtype)
-    if not bool(torch.isfinite(torch.as_tensor(delta).detach()).all()):
+    finite = bool(torch.isfinite(delta.detach()).all()) if isinstance(delta, Tensor) else math.isfinite(delta)
+    if not finite:
         raise DataError(f"add_diagonal: δ holds NaN or Inf; expected finite numbers for {operator!r}.")
     if not isinstance(delta, Tensor) or delta.dim() == 0:
         return Identity(size, dtype, device, delta)

@@ -63,11 +63,11 @@ class Parts:
 
     def pd(self, size: int, seed: int = 0) -> Tensor:
         """Positive definite `(size, size)`, condition number 16."""
-        return self._symmetric(torch.logspace(-1, 3, size, base=2.0, dtype=torch.float64), seed)
+        return self._symmetric(torch.logspace(-1, 3, size, base=2.0, dtype=torch.float64, device="cpu"), seed)
 
     def indefinite(self, size: int, seed: int = 0) -> Tensor:
         """Symmetric, eigenvalues between −2 and 3, none near 0."""
-        values = torch.linspace(-2.0, 3.0, size, dtype=torch.float64)
+        values = torch.linspace(-2.0, 3.0, size, dtype=torch.float64, device="cpu")
         return self._symmetric(values + 0.25 * torch.sign(values + 0.01), seed)
 
     def psd(self, size: int, rank: int, seed: int = 0) -> Tensor:
@@ -81,7 +81,7 @@ class Parts:
 
     def eye(self, size: int) -> Tensor:
         """The identity."""
-        return self._rounded(torch.eye(size, dtype=torch.float64))
+        return self._rounded(torch.eye(size, dtype=torch.float64, device="cpu"))
 
     def closure(self, M: Tensor, **facts: Any) -> Closure:
         """M behind a function, with its transpose."""
@@ -315,7 +315,7 @@ def _congruent(A: LinearOperator, M: LinearOperator) -> LinearOperator:
 
 def _normal(rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + 100 * rows + columns)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _orthonormal(size: int, seed: int) -> Tensor:
