@@ -54,7 +54,7 @@ def curve(
 ) -> EstimateReport:
     """See `Spectrum.evidence_curve`."""
     total, squared = _penalty(s, loss, mean, prior_mean)
-    points = _positive(torch.as_tensor(deltas, dtype=torch.float64).flatten().cpu())
+    points = _positive(torch.as_tensor(deltas, dtype=torch.float64, device="cpu").flatten().cpu())
     low, high = _values(s, points, total, squared)
     known = -total - 0.5 * points * squared + 0.5 * s.size * points.log()
     energy = torch.stack([s.rules.gauss.apply(lambda x, d=d: 0.25 * torch.log(x + d).square()) for d in points], dim=1)
@@ -67,12 +67,12 @@ def _argmax(
     """log δ of the maximum of Σ_i weights_i · (probe i's evidence, `side` of the way from lower to upper bound)."""
 
     def negative(x: float) -> float:
-        low, high = _values(s, torch.tensor([math.exp(x)], dtype=torch.float64), loss, squared)
+        low, high = _values(s, torch.tensor([math.exp(x)], dtype=torch.float64, device="cpu"), loss, squared)
         return -float((weights[:, None] * (low + side * (high - low))).sum())
 
     first, last = math.log(bounds[0]), math.log(bounds[1])
     xs = [first + (last - first) * i / (_GRID - 1) for i in range(_GRID)]
-    low, high = _values(s, torch.tensor(xs, dtype=torch.float64).exp(), loss, squared)
+    low, high = _values(s, torch.tensor(xs, dtype=torch.float64, device="cpu").exp(), loss, squared)
     best = int((weights[:, None] * (low + side * (high - low))).sum(0).argmax())
     span = (xs[max(best - 1, 0)], xs[min(best + 1, _GRID - 1)])
     found = optimize.minimize_scalar(negative, bounds=span, method="bounded", options={"xatol": 1e-6})
@@ -94,14 +94,14 @@ def optimum(
     if not 0 < bounds[0] < bounds[1] < math.inf:
         raise DataError(f"optimal_prior_precision expects bounds 0 < low < high, got {bounds}.")
     # Where rounding hides δ there is no evidence to compare; the search starts above it.
-    floor = 4 * float(s.rules.rounding.max()) - min(s.lower_bound or 0.0, 0.0)
+    floor = 8 * float(s.rules.rounding.max()) - min(s.lower_bound or 0.0, 0.0)
     span = (max(bounds[0], floor), bounds[1])
     if not span[0] < span[1]:
         raise DataError(
-            f"All of {bounds} underflows: the products behind this spectrum carry an error of {floor / 4:.1e}."
+            f"All of {bounds} underflows: the products behind this spectrum carry an error of {floor / 8:.1e}."
         )
     m = s.probes
-    even = torch.full((m,), 1 / m, dtype=torch.float64)
+    even = torch.full((m,), 1 / m, dtype=torch.float64, device="cpu")
     at = _argmax(s, total, squared, span, even, 0.5)
     ends = sorted(_argmax(s, total, squared, span, even, side) for side in (0.0, 1.0))
     ends = [min(ends[0], at), max(ends[1], at)]
@@ -109,10 +109,10 @@ def optimum(
     if m > 1:
         left_out = []
         for i in range(m):
-            weights = torch.full((m,), 1 / (m - 1), dtype=torch.float64)
+            weights = torch.full((m,), 1 / (m - 1), dtype=torch.float64, device="cpu")
             weights[i] = 0
             left_out.append(_argmax(s, total, squared, span, weights, 0.5))
-        spread = torch.tensor(left_out, dtype=torch.float64)
+        spread = torch.tensor(left_out, dtype=torch.float64, device="cpu")
         stderr = math.sqrt((m - 1) / m * float((spread - spread.mean()).square().sum()))
     delta = math.exp(at)
     noise = student(m) * stderr if stderr > 0 else 0.0

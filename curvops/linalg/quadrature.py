@@ -201,33 +201,42 @@ def bracket(r: Rules, f: SpectralFunction) -> tuple[Float[Tensor, " m"], Float[T
     """Lower and upper bounds of zᵀ f(A) z, one pair per run.
 
     Args:
-        r: Rules of the runs; without a Radau rule, or for an f whose derivative signs are not known, the Gauss value
-            ± twice ‖z‖² times the best polynomial approximation of f on [bottom, top] (`chebyshev_error`) is taken,
-            where [bottom, top] leans on the extreme Ritz values and their residuals.
+        r: Rules of the runs; without a Radau rule, or for an f whose derivative signs are not known, the Gauss value ±
+            twice ‖z‖² times the best polynomial approximation of f on [bottom, top] (`chebyshev_error`) is taken, where
+            [bottom, top] leans on the extreme Ritz values and their residuals.
         f: The function.
 
     Returns:
         `(low, high)`; on exact runs both are the Gauss value, up to rounding.
     """
-    eta = r.rounding
     if f.gauss is None or r.radau is None or r.node is None:
         value = r.gauss.apply(f)
         mass = r.gauss.weights.sum(1)
-        move = (r.gauss.apply(f, eta, r.bottom) - r.gauss.apply(f, -eta, r.bottom)).abs() / 2
         error = 2 * mass * chebyshev_error(f, float(r.bottom.min()), float(r.top.max()), 2 * r.depth - 1)
-        error = torch.where(r.exact, torch.zeros_like(error), error) + move
+        error = torch.where(r.exact, torch.zeros_like(error), error) + rounding_share(r, f) / 2
         return value - error, value + error
-    ends = []
-    for side in ("lower", "upper"):
-        rule = r.gauss if f.gauss == side else r.radau
-        ends.append(rule.apply(f, -eta if (side == "lower") == bool(f.increasing) else eta, r.node))
+    ends = [rule.apply(f, move, floor) for rule, move, floor in _sides(r, f)]
     return torch.minimum(*ends), torch.maximum(*ends)
+
+
+def _sides(r: Rules, f: SpectralFunction) -> list[tuple[Rule, Tensor, Tensor]]:
+    """Rule, move of its nodes and floor below which they do not go, for the lower and the upper bound."""
+    assert r.radau is not None
+    assert r.node is not None
+    # The rule is that of A + E, whose spectrum starts at the node; A's own f is taken η below it.
+    floor, sides = r.node - r.rounding, []
+    for side in ("lower", "upper"):
+        downwards = (side == "lower") == bool(f.increasing)
+        sides.append((r.gauss if f.gauss == side else r.radau, -r.rounding if downwards else r.rounding, floor))
+    return sides
 
 
 def rounding_share(r: Rules, f: SpectralFunction) -> Float[Tensor, " m"]:
     """Part of each bracket's width that rounding alone accounts for: no further step takes it away."""
-    floor = r.bottom if r.node is None else r.node
-    return (r.gauss.apply(f, r.rounding, floor) - r.gauss.apply(f, -r.rounding, floor)).abs()
+    if f.gauss is None or r.radau is None or r.node is None:
+        return (r.gauss.apply(f, r.rounding, r.bottom) - r.gauss.apply(f, -r.rounding, r.bottom)).abs()
+    shares = [(rule.apply(f, move, floor) - rule.apply(f)).abs() for rule, move, floor in _sides(r, f)]
+    return shares[0] + shares[1]
 
 
 def chebyshev_error(f: Callable[[Tensor], Tensor], low: float, high: float, degrees: Tensor) -> Tensor:
@@ -238,15 +247,15 @@ def chebyshev_error(f: Callable[[Tensor], Tensor], low: float, high: float, degr
     count = 4096
     centre, radius = (high + low) / 2, max((high - low) / 2, 0.0)
     if radius == 0:
-        return torch.zeros(degrees.shape, dtype=torch.float64)
-    nodes = centre + radius * torch.cos(torch.pi * torch.arange(count + 1, dtype=torch.float64) / count)
+        return torch.zeros(degrees.shape, dtype=torch.float64, device="cpu")
+    nodes = centre + radius * torch.cos(torch.pi * torch.arange(count + 1, dtype=torch.float64, device="cpu") / count)
     values = f(nodes)
     if not bool(torch.isfinite(values).all()):
-        return torch.full(degrees.shape, math.inf, dtype=torch.float64)
+        return torch.full(degrees.shape, math.inf, dtype=torch.float64, device="cpu")
     coefficients = torch.fft.rfft(torch.cat([values, values[1:-1].flip(0)])).real.abs() / count
     coefficients[0] /= 2
     coefficients[-1] /= 2
     # Below rounding of f the coefficients are noise, and summing 4,096 of them would read as an error.
     coefficients[coefficients < 4 * torch.finfo(torch.float64).eps * coefficients.max()] = 0
-    tails = torch.cat([coefficients.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    tails = torch.cat([coefficients.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64, device="cpu")])
     return tails[(degrees + 1).clamp(0, count + 1)]

@@ -226,7 +226,7 @@ def slq_logdet(
 
 
 def _refuse_lost_floor(run: Run, lower_bound: float) -> None:
-    if 2 * run.rounding >= lower_bound:
+    if 4 * run.rounding >= lower_bound:
         raise NotPositiveDefiniteError(
             f"The lower bound {lower_bound:.3g} of the spectrum is lost in the rounding of the products "
             f"({run.rounding:.1e} absolute). Multiply in float64, or add a larger multiple of the identity."

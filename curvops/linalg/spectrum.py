@@ -109,8 +109,8 @@ class Spectrum:
         low, high = interval
         if not low <= high:
             raise ValueError(f"count expects an interval with low <= high, got [{low}, {high}].")
-        below = self._distribution(torch.tensor([low], dtype=torch.float64))
-        above = self._distribution(torch.tensor([high], dtype=torch.float64))
+        below = self._distribution(torch.tensor([low], dtype=torch.float64, device="cpu"))
+        above = self._distribution(torch.tensor([high], dtype=torch.float64, device="cpu"))
         least = (above[0] - below[1]).clamp(min=0)[:, 0]
         most = (above[1] - below[0]).clamp(min=0)[:, 0]
         # An indicator is its own square.
@@ -133,7 +133,7 @@ class Spectrum:
             quadrature error by the distribution function's own bounds, which is safe and wide; `stderr` is the
             probes' alone.
         """
-        points = torch.as_tensor(grid, dtype=torch.float64).flatten()
+        points = torch.as_tensor(grid, dtype=torch.float64, device="cpu").flatten()
         if points.numel() < 1 or not bool(torch.isfinite(points).all()) or (log and not bool((points > 0).all())):
             raise DataError("density expects a grid of finite values, and of positive ones with log=True.")
         axis: Callable[[Tensor], Tensor] = (lambda x: torch.log10(x.clamp(min=1e-300))) if log else (lambda x: x)
@@ -235,7 +235,7 @@ class Spectrum:
                 f"{verb} needs lower_bound + δ > 0, got {self.lower_bound:.3g} + {delta:.3g}; take a larger δ."
             )
         eta = float(self.rules.rounding.max())
-        if self.lower_bound + delta <= 2 * eta:
+        if self.lower_bound + delta <= 4 * eta:
             raise NotPositiveDefiniteError(
                 f"δ = {delta:.3g} underflows: the products behind this spectrum carry an absolute error of {eta:.1e}. "
                 "Take a larger δ, or multiply in float64."
