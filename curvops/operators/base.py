@@ -290,6 +290,27 @@ class LinearOperator:
         return _answer(value, report, return_report)
 
     @verb
+    def block_traces(
+        self,
+        blocks: Mapping[str, slice | Tensor] | None = None,
+        method: Method | None = None,
+        *,
+        return_report: bool = False,
+    ) -> Any:
+        """Trace of each diagonal block as a dict, all from one run; by default one block per parameter.
+
+        Args:
+            blocks: Name → slice or indices of the block's entries; None for the operator's named parameters.
+            method: `Hutchinson`; None for the exact diagonal where structure or size allow, otherwise an estimate whose
+                half-widths are 1 % of the larger of the block's own trace and the mean block's.
+            return_report: Return `(traces, EstimateReport)`; its numbers are tensors in the blocks' order.
+        """
+        from curvops.operators.routes import blocktraces
+
+        self._require_square("block_traces")
+        return _answer(*blocktraces.plan(self, blocks, method).run(), return_report)
+
+    @verb
     def diagonal(self, method: Method | None = None, *, return_report: bool = False) -> Any:
         """The diagonal `(P,)`; exact where structure or size allow, otherwise estimated to 5 % in the 2-norm."""
         from curvops.operators.routes import diagonal

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from curvops.errors import CurvopsError
-from curvops.operators.routes import diagonal, eigenpairs, function, logdet, norms, sample, solve, spectrum, trace
+from curvops.operators.routes import (
+    blocktraces,
+    diagonal,
+    eigenpairs,
+    function,
+    logdet,
+    norms,
+    sample,
+    solve,
+    spectrum,
+    trace,
+)
 from curvops.operators.routes.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Plan",
+    "blocktraces",
     "diagonal",
     "eigenpairs",
     "explain",
@@ -36,6 +48,7 @@ _PLANS = {
     "logdet": lambda A: logdet.plan(A, None),
     "slogdet": logdet.plan_signed,
     "trace": lambda A: trace.plan(A, None),
+    "block_traces": lambda A: blocktraces.plan(A, None, None),
     "diagonal": lambda A: diagonal.plan(A, None),
     "function": lambda A: function.plan(A, torch.exp, None),
     "sqrt_matvec": lambda A: function.plan_power(A, 0.5, None),

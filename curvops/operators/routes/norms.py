@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +39,7 @@ def frobenius(A: LinearOperator, method: methods.Method | None) -> Plan:
         options = {"probes": chosen.probes, "rtol": chosen.rtol, "generator": chosen.generator}
         given = {name: value for name, value in options.items() if value is not None}
         value, report = norms.frobenius_norm(product(A), A.shape[1], dtype=A.dtype, device=A.device, **given)
-        estimate = torch.as_tensor(value, dtype=torch.float64)
+        estimate = torch.as_tensor(value, dtype=torch.float64, device=A.device)
         settle(estimate, report, chosen.on_failure, "Give more probes, or a wider rtol.")
         return estimate, report
 
@@ -47,16 +50,35 @@ def spectral(A: LinearOperator, rtol: float) -> Plan:
     """The plan for `A.spectral_norm(rtol)`: Lanczos on A, or on AᵀA where A is not symmetric."""
     if A._holds_tensors() and dense_is_affordable(A):
         return _dense(A, lambda M: torch.linalg.matrix_norm(M, 2))
-    matmat = product(A) if A.is_symmetric else lambda V: A._rapply(product(A)(V))
+    if A.is_symmetric:
+        return _lanczos_norm(A, product(A), rtol, is_psd=A.is_psd)
 
+    def normal(V: Tensor) -> Tensor:
+        with torch.no_grad():
+            return A._rapply(product(A)(V))
+
+    return _lanczos_norm(A, normal, rtol, is_psd=True, squared=True)
+
+
+def _lanczos_norm(
+    A: LinearOperator, matmat: Callable[[Tensor], Tensor], rtol: float, *, is_psd: bool, squared: bool = False
+) -> Plan:
     def run() -> tuple[Tensor, EstimateReport]:
-        target = rtol if A.is_symmetric else 2 * rtol
-        value, report = norms.spectral_norm(matmat, A.shape[1], rtol=target, dtype=A.dtype, device=A.device)
-        estimate = torch.as_tensor(value, dtype=torch.float64)
-        settle(estimate, report, "raise", "Give a wider rtol.")
-        return (estimate if A.is_symmetric else estimate.sqrt()), report
+        spent = counted(A)
+        value, report = norms.spectral_norm(
+            matmat, A.shape[1], rtol=min(2 * rtol, 0.5) if squared else rtol, is_psd=is_psd,
+            dtype=A.dtype, device=A.device,
+        )  # fmt: skip
+        if squared:
+            low, high = (math.sqrt(end) for end in report.bracket)
+            value = math.sqrt(value)
+            report = replace(report, value=value, bracket=(low, high), half_width=high - value)
+        report = replace(report, matvecs=spent()[0])
+        settle(value, report, "raise", "Give a wider rtol.")
+        return torch.as_tensor(value, dtype=torch.float64, device=A.device), report
 
-    return Plan("Lanczos", f"largest Ritz value to {rtol:g}", run)
+    of = "AᵀA" if squared else "A"
+    return Plan("Lanczos", f"largest stretch in a Krylov space of {of}, bracketed to {rtol:g}", run)
 
 
 def _dense(A: LinearOperator, norm: object) -> Plan:

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 Noise = Callable[[int], Tensor]
 """`rows → (rows, n)` independent standard normal numbers, new at every call."""
 
+_LANCZOS_RTOL = 1e-3
+"""Error of a draw by Lanczos, relative to its length: far below what any number of draws can tell."""
+
 _ADVICE = 'Give a larger rtol or damping, or on_failure="warn" to take the draws with the residuals reported.'
 
 
@@ -109,6 +112,8 @@ def _lanczos(A: LinearOperator, method: methods.Lanczos | methods.Eigh, reason: 
     bound = A.lower_bound
     if isinstance(method, methods.Lanczos) and (bound is None or bound <= 0):
         return indefinite(A, "sample", reason)
+    if isinstance(method, methods.Lanczos) and method.steps is None and method.rtol is None:
+        method = replace(method, rtol=_LANCZOS_RTOL)
     inner = function.plan_power(A, -0.5, method)
     return Plan(inner.algorithm, reason, lambda noise: inner.run(noise(A.shape[0])))
 
