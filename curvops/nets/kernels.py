@@ -91,10 +91,11 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (u,) = cotangents
         x, W = _constants(ctx)
         if torch.is_grad_enabled():
-            return _LinearAdjoint.apply(*cotangents, x, W, ctx.needs_input_grad[2])
-        return _linear_adjoint(*cotangents, x, W, ctx.needs_input_grad[2])
+            return _LinearAdjoint.apply(u, x, W, ctx.needs_input_grad[2])
+        return _linear_adjoint(u, x, W, ctx.needs_input_grad[2])
 
 
 class _LinearAdjoint(Function):
@@ -145,12 +146,13 @@ class _Convolution(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (u,) = cotangents
         x, W = _constants(ctx)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias)
         if torch.is_grad_enabled():
-            adjoint: Any = _ConvolutionAdjoint.apply(*cotangents, x, W, ctx.shape, ctx.settings, wanted)
+            adjoint: Any = _ConvolutionAdjoint.apply(u, x, W, ctx.shape, ctx.settings, wanted)
         else:
-            adjoint = _convolution_adjoint(*cotangents, x, W, ctx.shape, ctx.settings, wanted)
+            adjoint = _convolution_adjoint(u, x, W, ctx.shape, ctx.settings, wanted)
         return (*adjoint, None)
 
 

@@ -22,7 +22,7 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(2, 4, 3, stride=2, padding=1), (5, 2, 7)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=(1, 0), dilation=(1, 2)), (5, 2, 6, 7)),
     "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (5, 4, 5, 5)),
-    "conv2d same": (lambda: nn.Conv2d(2, 4, 2, padding="same"), (5, 2, 5, 5)),
+    "conv2d same": (lambda: nn.Conv2d(2, 4, 3, padding="same"), (5, 2, 5, 5)),
     "conv2d reflect": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), (5, 2, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (5, 2, 3, 4, 3)),
 }

@@ -1,0 +1,90 @@
+"""Times, FLOPs and memory. What is compared runs in one process, in turns, so that load falls on all alike."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch.utils.flop_counter import FlopCounterMode
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over the rounds, in seconds.
+
+    Attributes:
+        cpu: Time of all threads of the process on the processor, which other processes do not add to.
+        wall: Time on the clock.
+    """
+
+    cpu: float
+    wall: float
+
+
+def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
+    """Median times of several pieces of work: each once to warm up, then each once per round."""
+    for work in works.values():
+        work()
+    cpu: dict[str, list[float]] = {name: [] for name in works}
+    wall: dict[str, list[float]] = {name: [] for name in works}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, work in works.items():
+                start, clock = time.process_time(), time.perf_counter()
+                work()
+                cpu[name].append(time.process_time() - start)
+                wall[name].append(time.perf_counter() - clock)
+    finally:
+        gc.enable()
+    return {name: Timing(statistics.median(cpu[name]), statistics.median(wall[name])) for name in works}
+
+
+def once(work: Work) -> Timing:
+    """One run, cold."""
+    start, clock = time.process_time(), time.perf_counter()
+    work()
+    return Timing(time.process_time() - start, time.perf_counter() - clock)
+
+
+def flops(work: Work) -> int | None:
+    """Floating-point operations of matrix products, convolutions and attention in one run; independent of hardware.
+
+    None where the counter's hooks on modules cannot follow (`torch.func` transforms of stateful modules).
+    """
+    with FlopCounterMode(display=False) as counter:
+        try:
+            work()
+        except RuntimeError as error:
+            if "_will_engine_execute_node" in str(error):
+                return None
+            raise
+    return counter.get_total_flops()
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Resident size of this process now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_subprocess(module: str, *arguments: str) -> object:
+    """What `python -m module arguments` prints as JSON in its last line: peaks of memory need their own process."""
+    run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
