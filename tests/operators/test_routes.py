@@ -265,6 +265,10 @@ def test_a_large_matrix_free_operator_never_becomes_dense() -> None:
     assert abs(float(value) - float(exact.logdet())) <= 2 * report.half_width
     value, report = A.trace(return_report=True)
     assert abs(float(value) - float(exact.trace())) <= 2 * report.half_width
+    inverse, report = A.inverse().logdet(return_report=True)
+    assert float(inverse) == -float(A.logdet())
+    assert abs(float(inverse) + float(exact.logdet())) <= 2 * report.half_width
+    assert report.bracket[0] <= report.bracket[1]
     root = A.inv_sqrt_matvec(b)
     assert _error(root @ root, b @ exact.solve(b)) < 1e-4
 

@@ -48,6 +48,10 @@ _ADVICE = (
 
 def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     """The plan for `A.logdet(method)`."""
+    from curvops.operators.inverse import Inverse
+
+    if isinstance(A, Inverse):
+        return _negated(plan(A.operator, method))
     if method is not None:
         return _plan_given(A, method)
     if not A.is_symmetric:
@@ -65,6 +69,17 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     if dense_is_affordable(A):
         return _cholesky(A, dense_reason(A))
     return _slq(A, methods.SLQ(), f"P = {A.shape[0]:,} is too large for a dense factorisation")
+
+
+def _negated(inner: Plan) -> Plan:
+    """log det A⁻¹ = −log det A: the inverse asks for no more than the operator itself."""
+
+    def run() -> tuple[Tensor, EstimateReport]:
+        value, report = inner.run()
+        low, high = report.bracket
+        return -value, replace(report, value=-report.value, bracket=(-high, -low))
+
+    return replace(inner, run=run)
 
 
 def plan_signed(A: LinearOperator) -> Plan:
