@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from curvops.curvature.matrixfree.fisher import Datum, EmpiricalFisher, MCFisher
 from curvops.curvature.matrixfree.ggn import GGN, GaussNewton
+from curvops.curvature.matrixfree.jacobian import UnweightedGGN
 from curvops.curvature.objective import Objective
 from curvops.errors import UnsupportedError
 from curvops.linalg.probes import resolve_seed
@@ -27,7 +28,7 @@ from curvops.nets import draws
 from curvops.nets.batches import Batch
 from curvops.nets.likelihood import Likelihood
 
-FisherKind = Literal["exact", "mc", "empirical"]
+FisherKind = Literal["exact", "mc", "empirical", "identity"]
 Tokens = Literal["separate", "sketched", "auto"]
 
 SEPARATE_UP_TO = 256
@@ -42,12 +43,15 @@ class Cotangents:
     """The columns of one kind of Fisher matrix.
 
     Attributes:
-        fisher: "exact" (the GGN), "mc" (targets sampled from the model) or "empirical" (the observed targets).
+        fisher: "exact" (the GGN), "mc" (targets sampled from the model), "empirical" (the observed targets), or
+            "identity" (no likelihood: the Jacobian's own rows).
         num_samples: Samples per datum for "mc", averaged.
         seed: Of the samples and of the random signs.
         datum: "empirical": what one term is in a sequence.
         tokens: How the positions of a sequence are told apart: "separate" columns, "sketched" by random signs, or
-            "auto": separate up to 256 columns. Samples are independent as they are, and need neither.
+            "auto": separate up to 256 columns.
+        joint: "mc": pull the samples of a sequence's positions back together; they are independent, so that the mean is
+            the same, and the sum is another than that of `MCFisher`.
     """
 
     fisher: FisherKind = "exact"
@@ -55,6 +59,20 @@ class Cotangents:
     seed: int = 0
     datum: Datum = "token"
     tokens: Tokens = "separate"
+    joint: bool = True
+
+    @classmethod
+    def like(cls, curvature: GaussNewton) -> Self | None:
+        """The columns whose sum is exactly that operator; None where there are none."""
+        if not curvature.is_psd:
+            return None
+        if type(curvature) is GGN:
+            return cls()
+        if type(curvature) is MCFisher:
+            return cls("mc", curvature.num_samples, curvature.seed, joint=False)
+        if type(curvature) is EmpiricalFisher:
+            return cls("empirical", datum=curvature.datum)
+        return cls("identity") if type(curvature) is UnweightedGGN else None
 
     @classmethod
     def chosen(
@@ -91,18 +109,23 @@ class Cotangents:
             return MCFisher.of(objective, num_samples=self.num_samples, seed=self.seed)
         return EmpiricalFisher.of(objective, datum=self.datum)
 
-    def of(self, likelihood: Likelihood, f: Tensor, batch: Batch) -> Columns:
+    def of(self, likelihood: Likelihood | None, f: Tensor, batch: Batch) -> Columns:
         """The columns of one batch with outputs f. O(f · R).
 
         Raises:
             UnsupportedError: Λ has no root, since the likelihood is not convex.
         """
+        if self.fisher == "identity" or likelihood is None:
+            C = f.shape[-1]
+            S = torch.eye(C, dtype=f.dtype, device=f.device).expand(*f.shape, C)
+            return Columns(S, apart=f.dim() == 3 and f.shape[1] > 1)
         if self.fisher == "mc":
             sampled = [
                 likelihood.pseudo_gradients_at(f, batch.y, seed=self.seed, position=batch.position, sample=s)
                 for s in range(self.num_samples)
             ]
-            return Columns(torch.stack(sampled, -1) / math.sqrt(self.num_samples), apart=False)
+            apart = not self.joint and f.dim() == 3 and f.shape[1] > 1
+            return Columns(torch.stack(sampled, -1) / math.sqrt(self.num_samples), apart)
         if self.fisher == "empirical":
             S = likelihood.gradient(f, batch.y).unsqueeze(-1)
             if self.datum == "example":

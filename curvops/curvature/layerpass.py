@@ -7,7 +7,7 @@ per-example gradients of every parameter in factors. What is summed from them is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from curvops.nets.batches import Batch
 from curvops.nets.capture import Layers
 from curvops.nets.factors import Factors
 from curvops.nets.forward import take
+from curvops.nets.likelihood import Likelihood
 
 WORKING_BYTES = 2**28
 """A chunk takes no more than this, however large the budget: larger ones only leave the caches."""
@@ -54,14 +55,24 @@ class LayerPass:
     Args:
         objective: Network, likelihood, data, parameters.
         cotangents: Which columns are pulled back.
+        together: Have all columns of an example in one step where memory allows, rather than what suits the caches.
+        examples: `columns per example → most examples in a step`; None for what fits.
 
     Attributes:
         fallback: Names of the parameters that no layer rule covers, known after a pass.
         sketched: Whether positions of sequences were told apart by random signs.
     """
 
-    def __init__(self, objective: Objective, cotangents: Cotangents) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        cotangents: Cotangents,
+        *,
+        together: bool = False,
+        examples: Callable[[int], int] | None = None,
+    ) -> None:
         self.objective, self.cotangents = objective, cotangents
+        self._together, self._most = together, examples
         self.layers = Layers(objective.network, objective.selection, byte_budget=self._budget())
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
@@ -86,33 +97,40 @@ class LayerPass:
     def _chunks(self, batch: Batch) -> Iterator[Step]:
         size = batch.y.shape[0]
         self.layers.learn(batch.x, size)
-        likelihood = self.objective.needed_likelihood()
+        likelihood = self.objective.likelihood
         room = max(1, self._budget() // max(1, self.layers.bytes_per_example))
-        examples, start = 1, 0
+        most, start = min(size, room), 0
         while start < size:
-            # The number of columns is known once the outputs are: the first chunk is cautious, the next ones are not.
-            stop = min(size, start + (examples if start else min(size, room)))
-            part = Batch(batch.index, batch.position + start, take(batch.x, start, stop, size), batch.y[start:stop])
-            capture = self.layers.capture(part.x, stop - start)
+            part = _part(batch, start, min(size, start + most))
+            capture = self.layers.capture(part.x, len(part.y))
             try:
                 self.objective.check(capture.outputs, part.y)
                 self._report(capture.unused, capture.fallback)
                 with torch.no_grad():
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
-                    active = likelihood.active(capture.outputs, part.y)
+                    active = _active(likelihood, capture.outputs, part.y)
+                # How many columns there are is known now: a chunk that proves too large is made smaller, once.
+                fitting = min(self._examples(room, columns.count), size)
+                if fitting < len(part.y) and self._together:
+                    most = fitting
+                    continue
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
-                examples = max(1, room // columns.count)
-                groups = list(columns.chunks(self._step(stop - start, room)))
+                groups = list(columns.chunks(self._step(len(part.y), room)))
                 for i, U in enumerate(groups):
                     yield Step(capture.factors(U), active, i == 0, i == len(groups) - 1, capture.outputs)
             finally:
                 capture.release()
-            start = stop
+            start += len(part.y)
+
+    def _examples(self, room: int, columns: int) -> int:
+        """Examples in a step, so that all of their columns fit."""
+        fitting = max(1, room // columns)
+        return fitting if self._most is None else min(fitting, self._most(columns))
 
     def _step(self, examples: int, room: int) -> int:
         """Columns pulled back in one go: what fits; on a CPU no more than pays, since its caches are small."""
         within = room // examples
-        if self.objective.selection.device.type == "cpu":
+        if self.objective.selection.device.type == "cpu" and not self._together:
             within = min(within, CPU_COLUMN_BYTES // max(1, examples * self.layers.bytes_per_example))
         return max(1, within)
 
@@ -129,3 +147,14 @@ class LayerPass:
                 NumericalWarning,
                 stacklevel=2,
             )
+
+
+def _active(likelihood: Likelihood | None, f: Tensor, y: Tensor) -> Tensor:
+    if likelihood is None:
+        return torch.ones(f.shape[:-1], dtype=torch.bool, device=f.device)
+    return likelihood.active(f, y)
+
+
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    x = batch.x if stop - start == len(batch.y) else take(batch.x, start, stop, len(batch.y))
+    return Batch(batch.index, batch.position + start, x, batch.y[start:stop])

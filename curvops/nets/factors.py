@@ -218,6 +218,22 @@ class Factors:
         return self.per_example()
 
     @property
+    def positions(self) -> int:
+        """T, positions of all uses together."""
+        return sum(part.positions for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        held = [t for part in self.parts for t in vars(part).values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether inner products of gradients are had without multiplying out, or the gradients are no larger."""
+        return self.single is not None or all(isinstance(part, Direct | Shift) for part in self.parts)
+
+    @property
     def single(self) -> Outer | Shift | None:
         """The one part of a parameter without weight sharing, positions or groups; None otherwise."""
         if len(self.parts) != 1:
@@ -229,51 +245,69 @@ class Factors:
 
 
 def block(left: Factors, right: Factors) -> Float[Tensor, "p q"]:
-    """Σ_kn vec(G_kn) vec(H_kn)ᵀ, the block of two parameters.
-
-    Without weight sharing 2·B·p·q operations, whatever K: with M_n = Σ_k g_kn h_knᵀ the entry for outputs (o, o') and
-    inputs (i, i') is Σ_n M_n[o, o'] a_n[i] b_n[i'], one product of an (O O') x B and a B x (I I') matrix. Otherwise
-    2·K·B·p·q by the multiplied-out gradients.
-    """
-    a, b = left.single, right.single
-    if a is not None and b is not None and left.columns > 1:
-        return _single_block(a, b)
-    total = None
-    for rows in _slices(left.batch, left.columns * (left.size + right.size)):
-        G = left.examples(rows).per_example().flatten(0, 1)
-        H = G if right is left else right.examples(rows).per_example().flatten(0, 1)
-        total = G.T @ H if total is None else total.addmm_(G.T, H)
-    assert total is not None
+    """Σ_kn vec(G_kn) vec(H_kn)ᵀ, the block of two parameters; see `add_block`."""
+    part = left.parts[0]
+    like = part.rows if isinstance(part, Direct) else part.g
+    total = like.new_zeros(left.size, right.size)
+    add_block(total, left, right)
     return total
 
 
-def gram(left: Factors, right: Factors) -> Float[Tensor, "K B L D"]:
-    """⟨G_kn, H_lm⟩ for the K·B gradients of one batch and the L·D of another of the same parameter.
+def add_block(total: Float[Tensor, "p q"], left: Factors, right: Factors) -> None:
+    """Add Σ_kn vec(G_kn) vec(H_kn)ᵀ to `total` in place.
 
-    Without weight sharing the elementwise product of the inputs' and the output derivatives' inner products: O(BD(I +
-    KLO)) operations; otherwise O(KBLD·p).
+    Without weight sharing 2·B·p·q operations, whatever K: with M_n = Σ_k g_kn h_knᵀ the entry for outputs (o, o') and
+    inputs (i, i') is Σ_n M_n[o, o'] a_n[i] b_n[i'], one product of an (O O') x B and a B x (I I') matrix. Otherwise
+    2·K·B·p·q by the multiplied-out gradients. Temporaries are chunked over the examples and the outputs.
+    """
+    a, b = left.single, right.single
+    if a is not None and b is not None and left.columns > 1:
+        _add_single_block(total, a, b)
+        return
+    for rows in _slices(left.batch, left.columns * (left.size + right.size)):
+        G = left.examples(rows).per_example().flatten(0, 1)
+        H = G if right is left else right.examples(rows).per_example().flatten(0, 1)
+        total += G.T @ H
+
+
+def gram(left: Factors, right: Factors) -> Float[Tensor, "B K D L"]:
+    """⟨G_kn, H_lm⟩ for the B·K gradients of some examples and the D·L of others, of the same parameter.
+
+    Without weight sharing the elementwise product of the inputs' and the output derivatives' inner products:
+    O(BD(I + KLO)) operations; otherwise O(KBLD·p).
     """
     a, b = left.single, right.single
     if isinstance(a, Outer) and isinstance(b, Outer):
         inputs = a.a.flatten(1) @ b.a.flatten(1).T
-        derivatives = torch.tensordot(a.g.flatten(2), b.g.flatten(2), dims=([2], [2]))  # type: ignore[arg-type]
-        return derivatives.mul_(inputs[None, :, None, :])
+        return _inner(a.g.flatten(2), b.g.flatten(2)).mul_(inputs[:, None, :, None])
     G = left.per_example()
-    H = G if right is left else right.per_example()
-    return torch.tensordot(G, H, dims=([2], [2]))  # type: ignore[arg-type]
+    return _inner(G, G if right is left else right.per_example())
 
 
-def _single_block(a: Outer | Shift, b: Outer | Shift) -> Tensor:
-    g, h = a.g.flatten(2), b.g.flatten(2)  # (K, B, O), (K, B, O')
-    M = torch.bmm(g.permute(1, 2, 0), h.transpose(0, 1))  # (B, O, O')
-    ones = g.new_ones(g.shape[1], 1)
+def _inner(G: Tensor, H: Tensor) -> Tensor:
+    """`(K, B, p)` and `(L, D, p)` → `(B, K, D, L)`."""
+    rows, columns = G.transpose(0, 1), H.transpose(0, 1)
+    return (rows.flatten(0, 1) @ columns.flatten(0, 1).T).reshape(*rows.shape[:2], *columns.shape[:2])
+
+
+def _add_single_block(total: Tensor, a: Outer | Shift, b: Outer | Shift) -> None:
+    ones = a.g.new_ones(a.g.shape[1], 1)
     x = a.a.flatten(1) if isinstance(a, Outer) else ones
     y = b.a.flatten(1) if isinstance(b, Outer) else ones
-    inputs = x.unsqueeze(2) * y.unsqueeze(1)  # (B, I, I')
-    entries = (M.flatten(1).T @ inputs.flatten(1)).reshape(*M.shape[1:], *inputs.shape[1:])  # (O, O', I, I')
-    rows = (2, 0) if isinstance(a, Outer) and a.flipped else (0, 2)
-    columns = (3, 1) if isinstance(b, Outer) and b.flipped else (1, 3)
-    return entries.permute(*rows, *columns).reshape(g.shape[-1] * x.shape[1], h.shape[-1] * y.shape[1])
+    O, Q, I, J = a.g.shape[-1], b.g.shape[-1], x.shape[1], y.shape[1]
+    # The block as (O, I, Q, J), whichever of its axes comes first in memory.
+    view = (
+        total.unflatten(1, (J, Q)).transpose(1, 2) if isinstance(b, Outer) and b.flipped else total.unflatten(1, (Q, J))
+    )
+    flipped = isinstance(a, Outer) and a.flipped
+    view = view.unflatten(0, (I, O)).transpose(0, 1) if flipped else view.unflatten(0, (O, I))
+    for rows in _slices(len(x), max(O * Q, I * J)):
+        g, h = a.g[:, rows].flatten(2), b.g[:, rows].flatten(2)  # (K, B, O), (K, B, Q)
+        M = torch.bmm(g.permute(1, 2, 0), h.transpose(0, 1))  # (B, O, Q)
+        inputs = (x[rows].unsqueeze(2) * y[rows].unsqueeze(1)).flatten(1)  # (B, I·J)
+        for outputs in _slices(O, Q * I * J):
+            entries = M[:, outputs].flatten(1).T @ inputs
+            view[outputs] += entries.reshape(-1, Q, I, J).transpose(1, 2)
 
 
 def _joined(parts: list[Part]) -> list[Part]:

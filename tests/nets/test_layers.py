@@ -54,7 +54,7 @@ def test_blocks_and_inner_products(p):
     _, factors, expected = captured(p)
     present = [(f, rows) for f, rows in zip(factors, expected, strict=True) if f is not None]
     for f, rows in present:
-        check(gram(f, f), torch.einsum("kbp,lcp->kblc", rows, rows))
+        check(gram(f, f), torch.einsum("kbp,lcp->bkcl", rows, rows))
         for h, columns in present:
             check(block(f, h), torch.einsum("kbp,kbq->pq", rows, columns))
 

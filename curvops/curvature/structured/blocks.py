@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from curvops.curvature.cotangents import Cotangents
+from curvops.curvature.layerdense import add_blocks, symmetrised
 from curvops.curvature.layerpass import LayerPass
 from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.hessian import Hessian
@@ -19,7 +20,6 @@ from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.kfac import refuse_indices
 from curvops.errors import DataError, UnsupportedError
 from curvops.memory import require
-from curvops.nets.factors import block
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -94,7 +94,7 @@ class _GaussNewtonBlocks(_Blocks):
         sizes = self._objective.selection.sizes
         found = [torch.zeros(p, p, dtype=self.dtype, device=self.device) for p in self.sizes]
         with torch.no_grad():
-            for step in LayerPass(self._objective, self._cotangents):
+            for step in LayerPass(self._objective, self._cotangents, together=True):
                 for M, group in zip(found, self.groups, strict=True):
                     add_blocks(M, [step.factors[i] for i in group], [sizes[i] for i in group])
         return [symmetrised(M) for M in found]
@@ -189,22 +189,6 @@ class BlockHessian(_Blocks):
             return hessian._dense()
         finally:
             hessian.release()
-
-
-def add_blocks(M: Tensor, factors: Sequence[Any], sizes: Sequence[int]) -> None:
-    """Σ_kn vec(G_kn) vec(G_kn)ᵀ of some parameters taken together, added to the upper blocks of M in place."""
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    for i, left in enumerate(factors):
-        for j in range(i, len(factors)):
-            right = factors[j]
-            if left is not None and right is not None:
-                rows, columns = slice(offsets[i], offsets[i] + sizes[i]), slice(offsets[j], offsets[j] + sizes[j])
-                M[rows, columns] += block(left, right)
-
-
-def symmetrised(M: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle M holds, in place where that is possible."""
-    return M.triu_().add_(M.triu(1).T)
 
 
 def groups_of(selection: ParameterSelection, by: By) -> list[range]:
