@@ -6,7 +6,8 @@ holds input and weight as constants:
 
     y = W x + b ,   u → (Wᵀ u, u xᵀ, u) ,   (dx, dW, db) → W dx + dW x + db
 
-Second derivatives in x and W do not exist on such a graph: it is for Jacobians; Hessians run on PyTorch's own layers.
+The adjoint's values are never needed, only its graph, which is recorded at u = 0: there every value is zero, and nothing
+is computed for it. Second derivatives in x and W do not exist on such a graph: it is for Jacobians; Hessians run on PyTorch's own layers.
 """
 
 from __future__ import annotations
@@ -99,14 +100,18 @@ class _Linear(Function):
 
 
 class _LinearAdjoint(Function):
-    """`u → (u W, uᵀ x, Σ u)`."""
+    """`u → (u W, uᵀ x, Σ u)`, recorded at u = 0."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
         ctx.save_for_backward(x, W)
         ctx.set_materialize_grads(False)
         ctx.shape = u.shape
-        return _linear_adjoint(u, x, W, bias)
+        return (
+            None if W is None else _zeros(u, (*u.shape[:-1], W.shape[1])),
+            None if x is None else _zeros(u, (u.shape[-1], x.shape[-1])),
+            _zeros(u, u.shape[-1:]) if bias else None,
+        )
 
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
@@ -157,7 +162,7 @@ class _Convolution(Function):
 
 
 class _ConvolutionAdjoint(Function):
-    """The correlations of the cotangent with W and with x, and its sums."""
+    """The correlations of the cotangent u with W and with x, and its sums; recorded at u = 0."""
 
     @staticmethod
     def forward(
@@ -166,7 +171,11 @@ class _ConvolutionAdjoint(Function):
         ctx.save_for_backward(x, W)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, u.shape
-        return _convolution_adjoint(u, x, W, shape, settings, wanted)
+        return (
+            _zeros(u, shape) if wanted[0] else None,
+            _zeros(u, W.shape) if wanted[1] else None,
+            _zeros(u, W.shape[:1]) if wanted[2] else None,
+        )
 
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
@@ -206,6 +215,11 @@ def _constants(ctx: Any) -> tuple[Any, Any]:
     """Input and weight cut off the graph; reading them checks that nobody has written to them since."""
     x, W = ctx.saved_tensors
     return (None if x is None else x.detach()), (None if W is None else W.detach())
+
+
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros that take the memory of one number."""
+    return like.new_zeros(1).expand(shape)
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
