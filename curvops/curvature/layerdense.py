@@ -15,6 +15,7 @@ from torch import Tensor
 from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.layerpass import LayerPass, Step
 from curvops.curvature.matrixfree.ggn import GaussNewton
+from curvops.nets.capture import DependentExamplesError
 from curvops.nets.factors import Factors, add_block, gram
 
 TILE = 2048
@@ -34,10 +35,13 @@ def dense_from_layers(curvature: GaussNewton) -> Float[Tensor, "P P"] | None:
     full = objective.selection.full_size
     M = torch.zeros(full, full, dtype=curvature.dtype, device=curvature.device)
     with torch.no_grad():
-        for step in LayerPass(objective, cotangents, together=True):
-            if not _pays(step, sizes):
-                return None
-            add_blocks(M, step.factors, sizes)
+        try:
+            for step in LayerPass(objective, cotangents, together=True, report_unused=False):
+                if not _pays(step, sizes):
+                    return None
+                add_blocks(M, step.factors, sizes)
+        except DependentExamplesError:
+            return None
     symmetrised(M)
     indices = objective.selection.indices
     return M if indices is None else M[indices][:, indices]
@@ -58,11 +62,15 @@ def gram_from_layers(curvature: GaussNewton, budget: int) -> Float[Tensor, "n n"
     steps: list[Step] = []
     kept = 0
     with torch.no_grad():
-        for step in LayerPass(curvature.objective, cotangents, together=True, examples=_tile_examples):
-            kept += sum(f.nbytes for f in step.factors if f is not None)
-            if not (step.first and step.last) or kept > budget // 2 or not _all_single(step):
-                return None
-            steps.append(step)
+        passes = LayerPass(curvature.objective, cotangents, together=True, examples=_tile_examples, report_unused=False)
+        try:
+            for step in passes:
+                kept += sum(f.nbytes for f in step.factors if f is not None)
+                if not (step.first and step.last) or kept > budget // 2 or not _all_single(step):
+                    return None
+                steps.append(step)
+        except DependentExamplesError:
+            return None
         return _tiled(steps)
 
 
@@ -100,7 +108,7 @@ def _tiled(steps: Sequence[Step]) -> Tensor:
             for left, right in zip(one.factors, steps[j].factors, strict=True):
                 if left is not None and right is not None:
                     tile += gram(left, right).reshape(rows[i], rows[j])
-            G[here, there] = tile
+            G[here, there] = tile if j > i else (tile + tile.T) / 2
             if j > i:
                 G[there, here] = tile.T
     return G

@@ -57,6 +57,7 @@ class LayerPass:
         cotangents: Which columns are pulled back.
         together: Have all columns of an example in one step where memory allows, rather than what suits the caches.
         examples: `columns per example → most examples in a step`; None for what fits.
+        report_unused: Warn once of parameters that the outputs do not depend on.
 
     Attributes:
         fallback: Names of the parameters that no layer rule covers, known after a pass.
@@ -70,13 +71,14 @@ class LayerPass:
         *,
         together: bool = False,
         examples: Callable[[int], int] | None = None,
+        report_unused: bool = True,
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most = together, examples
         self.layers = Layers(objective.network, objective.selection, byte_budget=self._budget())
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
-        self._reported = False
+        self._reported = not report_unused
 
     def __iter__(self) -> Iterator[Step]:
         """One pass.

@@ -36,6 +36,10 @@ _WITNESSES = 3
 """Examples on which the rows' ownership is established."""
 
 
+class DependentExamplesError(UnsupportedError):
+    """An example's outputs depend on the other examples of its batch."""
+
+
 @dataclass(frozen=True)
 class _Reading:
     """A tap with the layout of its rows."""
@@ -83,7 +87,7 @@ class Layers:
         """One forward over a batch of `size`, ready to be asked for factors.
 
         Raises:
-            UnsupportedError: An example's outputs depend on the other examples.
+            DependentExamplesError: An example's outputs depend on the other examples.
         """
         self.learn(x, size)
         assert self._plan is not None
@@ -360,7 +364,7 @@ def _merge_positions(cotangent: Tensor, kind: str) -> Tensor:
 
 def _require_independent(few: Tensor, of_whole: Tensor) -> None:
     if not close(few, of_whole):
-        raise UnsupportedError(
+        raise DependentExamplesError(
             "an example's outputs depend on the other examples of its batch (the same example alone gives other "
             "outputs), so that per-example derivatives do not exist: look for statistics over the batch axis, and take "
             "the matrix-free operators (GGN, Hessian), which differentiate the batch as a whole"

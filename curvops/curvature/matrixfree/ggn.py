@@ -66,6 +66,12 @@ class GaussNewton(DataOperator):
     def _product(self, V: Tensor) -> Tensor:
         return self._sum(V, lambda piece, W: piece.linearisation.vjp(piece.form.product(piece.linearisation.jvp(W))))
 
+    def _dense(self) -> Tensor:
+        from curvops.curvature.layerdense import dense_from_layers
+
+        dense = dense_from_layers(self)
+        return super()._dense() if dense is None else dense
+
     def _factor(self) -> LinearOperator | None:
         from curvops.curvature.matrixfree.jacobian import Factor
 

@@ -45,7 +45,12 @@ class GramOf(LinearOperator):
 
     def _dense(self) -> Tensor:
         n, size = self.factor.shape
+        from curvops.curvature.layerdense import gram_from_layers
+
         budget = default_budget(self.device) if self.memory_budget is None else self.memory_budget
+        dense = gram_from_layers(self.curvature, budget)
+        if dense is not None:
+            return dense
         # All of B at once is one product per row; without room for it, blocks of its rows go back through B.
         if n * size * self.dtype.itemsize <= budget // 2:
             B = self.factor._dense()
