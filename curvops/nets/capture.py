@@ -72,6 +72,7 @@ class Layers:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
         self._plan: _Plan | None = None
         self._witnessed: Tensor | None = None
+        self._learned_from = 0
 
     @property
     def bytes_per_example(self) -> int:
@@ -79,9 +80,13 @@ class Layers:
         return 0 if self._plan is None else self._plan.bytes_per_example
 
     def learn(self, x: Inputs, size: int) -> None:
-        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing the second time."""
-        if self._plan is None:
+        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing the second time.
+
+        A batch of one example does not say where others would lie: the first larger one is learned from anew.
+        """
+        if self._plan is None or (self._learned_from == 1 and size > 1):
             self._plan = self._learned(x, size)
+            self._learned_from = size
 
     def capture(self, x: Inputs, size: int) -> Capture:
         """One forward over a batch of `size`, ready to be asked for factors.

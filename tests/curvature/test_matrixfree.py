@@ -24,10 +24,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 def test_dense_matrix(kind, p, dtype):
     A = built(kind, p, dtype)
     expected = oracle(kind, p.name)
-    dense = A.to_dense()
-    assert dense.dtype == dtype
+    dense, products = A.to_dense(), A @ torch.eye(A.shape[1], dtype=dtype)
+    assert dense.dtype == products.dtype == dtype
     assert A.shape == expected.shape
     assert reference.relative_error(dense.double(), expected) <= TOLERANCE[dtype]
+    assert reference.relative_error(products.double(), expected) <= TOLERANCE[dtype]
     assert A.is_symmetric == (kind != "Jacobian")
     assert A.lower_bound == (0.0 if kind not in ("Jacobian", "Hessian") else None)
 
