@@ -7,6 +7,7 @@ once for all columns. With it, per-example gradients are multiplied out, and col
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.layerpass import LayerPass, Step
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.nets.capture import DependentExamplesError
-from curvops.nets.factors import Factors, add_block, gram
+from curvops.nets.factors import Factors, Outer, add_block
 
 TILE = 2048
 """Rows of a tile of the Gram matrix."""
@@ -59,19 +60,64 @@ def gram_from_layers(curvature: GaussNewton, budget: int) -> Float[Tensor, "n n"
     cotangents = Cotangents.like(curvature)
     if cotangents is None or curvature.objective.selection.indices is not None:
         return None
-    steps: list[Step] = []
+    sides: list[_Side] = []
     kept = 0
-    with torch.no_grad():
-        passes = LayerPass(curvature.objective, cotangents, together=True, examples=_tile_examples, report_unused=False)
-        try:
+    passes = LayerPass(curvature.objective, cotangents, together=True, examples=_tile_examples, report_unused=False)
+    try:
+        with torch.no_grad():
             for step in passes:
                 kept += sum(f.nbytes for f in step.factors if f is not None)
-                if not (step.first and step.last) or kept > budget // 2 or not _all_single(step):
+                if not (step.first and step.last) or kept > budget // 2 or not _is_cheap(step):
                     return None
-                steps.append(step)
-        except DependentExamplesError:
-            return None
-        return _tiled(steps)
+                sides.append(_Side.of(step))
+    except DependentExamplesError:
+        return None
+    # A parameter that some examples do not reach would leave its group; products do not mind.
+    alike = all(side.groups.keys() == sides[0].groups.keys() for side in sides)
+    return _tiled(sides) if alike else None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters with the same output derivatives, a weight and its bias: `rows` (B·K, O), and the weight's inputs.
+
+    A parameter without inputs (None) has the rows themselves as its gradients.
+    """
+
+    rows: Tensor
+    inputs: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The gradients of some examples, B of them with K columns each, in factors."""
+
+    size: tuple[int, int]
+    groups: dict[tuple[int, ...], _Group]
+
+    @classmethod
+    def of(cls, step: Step) -> _Side:
+        """Parameters are grouped by the tensor of their output derivatives."""
+        shared: dict[object, list[int]] = {}
+        for i, factors in enumerate(step.factors):
+            if factors is not None:
+                single = factors.single
+                shared.setdefault(i if single is None else single.g.data_ptr(), []).append(i)
+        groups = {}
+        size = (len(step.outputs), 0)
+        for members in shared.values():
+            present = [f for i in members if (f := step.factors[i]) is not None]
+            size = (present[0].batch, present[0].columns)
+            part = present[0].single
+            g = present[0].per_example() if part is None else part.g.flatten(2)
+            inputs = tuple(f.single.a.flatten(1) if isinstance(f.single, Outer) else None for f in present)
+            groups[tuple(members)] = _Group(g.transpose(0, 1).flatten(0, 1), inputs)
+        return cls(size, groups)
+
+    @property
+    def rows(self) -> int:
+        """B·K."""
+        return self.size[0] * self.size[1]
 
 
 def add_blocks(M: Tensor, factors: Sequence[Factors | None], sizes: Sequence[int]) -> None:
@@ -94,27 +140,37 @@ def _tile_examples(columns: int) -> int:
     return max(1, TILE // columns)
 
 
-def _tiled(steps: Sequence[Step]) -> Tensor:
+def _tiled(sides: Sequence[_Side]) -> Tensor:
     """Tiles of the upper triangle, each the sum over the parameters, and their mirror images."""
-    rows = [next(f.batch * f.columns for f in step.factors if f is not None) for step in steps]
-    ends = torch.tensor(rows).cumsum(0).tolist()
-    like = steps[0].outputs
+    ends = torch.tensor([side.rows for side in sides]).cumsum(0).tolist()
+    like = next(group.rows for side in sides for group in side.groups.values())
     G = torch.empty(ends[-1], ends[-1], dtype=like.dtype, device=like.device)
-    for i, one in enumerate(steps):
-        here = slice(ends[i] - rows[i], ends[i])
-        for j in range(i, len(steps)):
-            there = slice(ends[j] - rows[j], ends[j])
-            tile = torch.zeros(rows[i], rows[j], dtype=like.dtype, device=like.device)
-            for left, right in zip(one.factors, steps[j].factors, strict=True):
-                if left is not None and right is not None:
-                    tile += gram(left, right).reshape(rows[i], rows[j])
+    for i, one in enumerate(sides):
+        here = slice(ends[i] - one.rows, ends[i])
+        for j in range(i, len(sides)):
+            there = slice(ends[j] - sides[j].rows, ends[j])
+            tile = _tile(one, sides[j], like)
             G[here, there] = tile if j > i else (tile + tile.T) / 2
             if j > i:
                 G[there, here] = tile.T
     return G
 
 
-def _all_single(step: Step) -> bool:
+def _tile(left: _Side, right: _Side, like: Tensor) -> Tensor:
+    """Inner products of the gradients of two sides, `(B·K, D·L)`."""
+    tile = like.new_zeros(left.rows, right.rows)
+    per_example = tile.view(*left.size, *right.size)
+    for members in left.groups:
+        one, two = left.groups[members], right.groups[members]
+        derivatives = one.rows @ two.rows.T
+        weight = like.new_zeros(left.size[0], right.size[0])
+        for a, b in zip(one.inputs, two.inputs, strict=True):
+            weight += 1.0 if a is None or b is None else a @ b.T
+        per_example.addcmul_(derivatives.view_as(per_example), weight[:, None, :, None])
+    return tile
+
+
+def _is_cheap(step: Step) -> bool:
     return any(f is not None for f in step.factors) and all(f is None or f.is_cheap for f in step.factors)
 
 

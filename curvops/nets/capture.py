@@ -57,6 +57,7 @@ class _Plan:
     layouts: list[list[Layout] | None]
     signature: list[list[tuple[str, int, float]]]
     bytes_per_example: int
+    certain: bool
 
 
 class Layers:
@@ -72,7 +73,6 @@ class Layers:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
         self._plan: _Plan | None = None
         self._witnessed: Tensor | None = None
-        self._learned_from = 0
 
     @property
     def bytes_per_example(self) -> int:
@@ -80,13 +80,13 @@ class Layers:
         return 0 if self._plan is None else self._plan.bytes_per_example
 
     def learn(self, x: Inputs, size: int) -> None:
-        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing the second time.
+        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing once that is certain.
 
-        A batch of one example does not say where others would lie: the first larger one is learned from anew.
+        One example alone does not say where others would lie, nor do gradients that are all zero: the next batch is
+        asked again.
         """
-        if self._plan is None or (self._learned_from == 1 and size > 1):
+        if self._plan is None or (not self._plan.certain and size > 1):
             self._plan = self._learned(x, size)
-            self._learned_from = size
 
     def capture(self, x: Inputs, size: int) -> Capture:
         """One forward over a batch of `size`, ready to be asked for factors.
@@ -98,7 +98,8 @@ class Layers:
         assert self._plan is not None
         batch = Capture(self, x)
         if self._witnessed is not None:
-            _require_independent(self._witnessed, batch.outputs[: len(self._witnessed)])
+            both = min(len(self._witnessed), len(batch.outputs))
+            _require_independent(self._witnessed[:both], batch.outputs[:both])
             self._witnessed = None
         batch.read(self._plan, size)
         return batch
@@ -116,7 +117,7 @@ class Layers:
             _require_independent(alone.detach(), few.outputs[:1])
         # The first batch starts with the witnesses: there they are compared once more, in all its company.
         self._witnessed = few.outputs
-        return _Plan(layouts, few.signature(), few.graph_bytes // count)
+        return _Plan(layouts, few.signature(), few.graph_bytes // count, sure)
 
 
 class Capture(_Kept):
@@ -249,7 +250,7 @@ class Capture(_Kept):
             first = not bool((reach & (owner // (t.rows // B) != column)).any())
             last = not bool((reach & (owner % B != column)).any())
             if first or last:
-                return "batch first" if first else "batch last", first != last or t.rows == B or B == 1
+                return "batch first" if first else "batch last", first != last or t.rows == B
         shared = self._shared(site, t, B)
         if shared is None:
             return None, True

@@ -11,7 +11,7 @@ from curvops.nets.capture import Layers
 from curvops.nets.factors import block, gram
 from curvops.nets.forward import Network
 from curvops.nets.parameters import ParameterSelection
-from curvops.testing.problems import Problem, problems
+from curvops.testing.problems import Problem, problem, problems
 
 WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
 EVERY = pytest.mark.parametrize("p", WHOLE, ids=lambda p: p.name)
@@ -213,3 +213,16 @@ def test_a_second_batch_of_another_structure_is_learned_anew_or_falls_back():
     assert batch.fallback == [0, 1]
     with pytest.raises(UnsupportedError, match="depend on the other examples"):
         Layers(Network(model), ParameterSelection(model)).capture(torch.cat([x, x]), 8)
+
+
+def test_a_first_batch_that_tells_nothing_decides_nothing():
+    # Inside attention the positions come first and the examples last; one example alone does not show it.
+    p = problem("multihead-attention")
+    model, (x, _) = p.model(), p.data()
+    layers = Layers(Network(model), ParameterSelection(model))
+    for rows in (slice(0, 1), slice(1, 4), slice(0, 4), slice(3, 4)):
+        batch = layers.capture(x[rows], len(x[rows]))
+        U = torch.ones(*batch.outputs.shape, 1, dtype=torch.float64)
+        J = reference.jacobian(model, x[rows]).sum(1, keepdim=True).movedim(1, 0)
+        got = torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1)
+        check(got, J)
