@@ -19,12 +19,12 @@ from curvops.linalg.functions import apply_function, inv_sqrt, sqrt
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
 from curvops.operators.autograd import linear_map
+from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
     Plan,
     counted,
     dense_is_affordable,
     dense_reason,
-    indefinite,
     product,
     refuse_method,
     resolvable,
@@ -52,11 +52,13 @@ def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None) -> Pl
         def driver(matmat: Elementwise, V: Tensor, **options: Any) -> tuple[Tensor, Report]:
             return apply_function(matmat, f, V, **options)
 
-        return _lanczos(A, driver, method or methods.Lanczos(), reason)
+        return _lanczos(A, driver, method or methods.Lanczos(), reason, A.lower_bound)
     raise refuse_method("function", method, "Eigh", "Lanczos")
 
 
-def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -> Plan:
+def plan_power(
+    A: LinearOperator, power: float, method: methods.Method | None, established: float | None = None
+) -> Plan:
     """The plan for `A^power v`, power ±½: definiteness is checked by the exact routes and required by Lanczos."""
     if not isinstance(method, methods.Eigh | methods.Lanczos | None):
         raise refuse_method("sqrt_matvec" if power > 0 else "inv_sqrt_matvec", method, "Eigh", "Lanczos")
@@ -66,13 +68,11 @@ def plan_power(A: LinearOperator, power: float, method: methods.Method | None) -
     if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
         reason = dense_reason(A) if method is None else "asked for"
         return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V))
-    bound = A.lower_bound
-    if bound is None or bound < 0 or (power < 0 and bound == 0):
-        return indefinite(A, f"A^{power:+g} v", "Lanczos needs a proven lower bound")
-    if method is not None and not isinstance(method, methods.Lanczos):
-        raise refuse_method(f"A^{power:+g} v", method, "Eigh", "Lanczos")
     reason = f"P = {A.shape[0]:,} is too large for a dense copy" if method is None else "asked for"
-    return _lanczos(A, inv_sqrt if power < 0 else sqrt, method or methods.Lanczos(), reason)
+    bound = A.lower_bound if established is None else established
+    if bound is None or bound < 0 or (power < 0 and bound == 0):
+        return indefinite(A, f"A^{power:+g} v", reason, lambda found, why: plan_power(A, power, method, found))
+    return _lanczos(A, inv_sqrt if power < 0 else sqrt, method or methods.Lanczos(), reason, bound)
 
 
 def _dense_power(A: LinearOperator, power: float, V: Tensor) -> Tensor:
@@ -97,7 +97,11 @@ def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise) -> P
 
 
 def _lanczos(
-    A: LinearOperator, driver: Callable[..., tuple[Tensor, Report]], method: methods.Lanczos, reason: str
+    A: LinearOperator,
+    driver: Callable[..., tuple[Tensor, Report]],
+    method: methods.Lanczos,
+    reason: str,
+    bound: float | None,
 ) -> Plan:
     def run(V: Tensor) -> tuple[Tensor, Report]:
         if torch.is_grad_enabled() and A._requires_grad():
@@ -109,7 +113,7 @@ def _lanczos(
 
         def apply(W: Tensor) -> Tensor:
             rtol = methods.SOLVE_RTOL[A.dtype] if method.rtol is None else method.rtol
-            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=A.lower_bound)
+            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=bound)
             # Exactly the asked number of steps, without a target, is an answer as asked.
             if method.steps is not None and method.rtol is None:
                 report = replace(report, converged=True)

@@ -23,6 +23,7 @@ from curvops.linalg.slq import slq_logdet
 from curvops.operators import methods
 from curvops.operators.dense import definite_cholesky
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
+from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
     Plan,
     chosen_at_run,
@@ -30,7 +31,6 @@ from curvops.operators.routes.plan import (
     dense_is_affordable,
     dense_reason,
     exact_report,
-    indefinite,
     product,
     refuse_method,
     resolvable,
@@ -156,10 +156,10 @@ def _function_space(dual: FunctionSpaceForm, reason: str) -> Plan:
     return Plan(name, reason, run)
 
 
-def _slq(A: LinearOperator, method: methods.SLQ, reason: str) -> Plan:
-    bound = A.lower_bound
+def _slq(A: LinearOperator, method: methods.SLQ, reason: str, established: float | None = None) -> Plan:
+    bound = A.lower_bound if established is None else established
     if bound is None or bound <= 0:
-        return indefinite(A, "logdet", reason)
+        return indefinite(A, "logdet", reason, lambda found, why: _slq(A, method, why, found))
 
     def run() -> tuple[Tensor, EstimateReport]:
         operator, note = resolvable(A)

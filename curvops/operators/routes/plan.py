@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
-from curvops.linalg.lanczos import lanczos
 from curvops.linalg.norms import spectral_norm
-from curvops.linalg.probes import rademacher
 from curvops.linalg.results import EstimateReport
 from curvops.memory import default_budget
 
@@ -146,34 +144,3 @@ def resolvable(A: LinearOperator) -> tuple[LinearOperator, str]:
             f"eigenvalue {bound:.2g}, and it has no float64 twin ({refusal}); use float64, or a larger damping."
         ) from None
     return twin, f"; in float64, since u‖A‖ = {6e-8 * norm:.2g} is above a tenth of {bound:.2g}"
-
-
-def indefinite(A: LinearOperator, verb_name: str, reason: str) -> Plan:
-    """The plan that refuses a verb which needs definiteness; its `run` looks for the eigenvalue that stands in the way.
-
-    The look costs a Lanczos run of at most 40 products, and only when the verb is called, never to explain.
-    """
-
-    def run(*_: Any) -> Any:
-        values = _extreme_ritz_values(A)
-        low = min(values)
-        damping = max(-low, 0.0) + 1e-3 * max(abs(v) for v in values)
-        raise NotPositiveDefiniteError(
-            f"{verb_name}: {A!r} is not known to be positive definite, and the smallest eigenvalue met in "
-            f"{_LOOK} Lanczos steps is {low:.3g}; add_diagonal(δ) with δ above {damping:.2g} would do as far as was "
-            f"seen, and a GGN is positive semidefinite by construction."
-        )
-
-    return Plan("none", f"{reason}; not known to be positive definite", run, refused=True)
-
-
-_LOOK = 40
-
-
-def _extreme_ritz_values(A: LinearOperator) -> list[float]:
-    start = rademacher(A.shape[0], 0, 1, seed=0, dtype=A.dtype, device=A.device)
-    run = lanczos(product(A), start, min(_LOOK, A.shape[0]), basis=False)
-    depth = int(run.depth[0])
-    alphas, betas = run.alphas[0, :depth], run.betas[0, : depth - 1]
-    T = torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1)
-    return torch.linalg.eigvalsh(T).tolist()

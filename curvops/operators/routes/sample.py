@@ -24,13 +24,13 @@ from curvops.operators.dense import definite_cholesky
 from curvops.operators.diagonal import diagonal_of
 from curvops.operators.functionspace import function_space
 from curvops.operators.routes import function
+from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
     Plan,
     chosen_at_run,
     counted,
     dense_is_affordable,
     dense_reason,
-    indefinite,
     refuse_method,
     resolvable,
 )
@@ -108,13 +108,15 @@ def _cholesky(A: LinearOperator, reason: str) -> Plan:
     return _exact(A, "dense Cholesky", reason, draw)
 
 
-def _lanczos(A: LinearOperator, method: methods.Lanczos | methods.Eigh, reason: str) -> Plan:
-    bound = A.lower_bound
+def _lanczos(
+    A: LinearOperator, method: methods.Lanczos | methods.Eigh, reason: str, established: float | None = None
+) -> Plan:
+    bound = A.lower_bound if established is None else established
     if isinstance(method, methods.Lanczos) and (bound is None or bound <= 0):
-        return indefinite(A, "sample", reason)
+        return indefinite(A, "sample", reason, lambda found, why: _lanczos(A, method, why, found))
     if isinstance(method, methods.Lanczos) and method.steps is None and method.rtol is None:
         method = replace(method, rtol=_LANCZOS_RTOL)
-    inner = function.plan_power(A, -0.5, method)
+    inner = function.plan_power(A, -0.5, method, bound)
     return Plan(inner.algorithm, reason, lambda noise: inner.run(noise(A.shape[0])))
 
 

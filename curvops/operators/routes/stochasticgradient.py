@@ -36,10 +36,11 @@ class StochasticGradient:
 
     def solutions(self) -> Tensor:
         """A⁻¹Z."""
-        if self._solutions is None:
+        found = self._solutions
+        if found is None:
             with torch.no_grad():
-                self._solutions = self.A.solve(self.Z, methods.CG(preconditioner="auto"))
-        return self._solutions
+                found = self._solutions = self.A.solve(self.Z, methods.CG(preconditioner="auto"))
+        return found
 
     def attach(self, estimate: Tensor) -> Tensor:
         """`estimate` with this gradient."""
