@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from curvops.errors import (
     CurvopsError,
     DataError,
     NonDeterministicDataError,
+    NumericalWarning,
     ShapeError,
     StaleOperatorError,
     UnsupportedError,
@@ -23,7 +25,7 @@ from curvops.nets.parameters import unwrap
 from curvops.nets.patches import (
     differentiable,
     has_recurrence,
-    needs_plain_embedding,
+    needs_plain_kernels,
     tracked_only,
     without_backward_hooks,
 )
@@ -42,9 +44,11 @@ class Network:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise DataError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         self.module: nn.Module = unwrap(model)
         self.recurrent: bool = has_recurrence(self.module)
-        self.embeddings: bool = needs_plain_embedding(self.module)
+        self.plain: bool = needs_plain_kernels(self.module)
         self._named, self._any_keyword = _forward_arguments(self.module)
 
     def __call__(self, x: Inputs, selected: Sequence[Tensor] | None = None, *, detach: bool = True) -> Tensor:
@@ -80,7 +84,16 @@ class Network:
                 raise
             except RuntimeError as error:
                 raise _explained_forward(error, self.module, x) from error
-            return self._normalised(output, x)
+            f = self._normalised(output, x)
+        tracked = self.module.parameters() if selected is None else selected
+        if not f.requires_grad and any(p.requires_grad for p in tracked):
+            warnings.warn(
+                f"the outputs of {type(self.module).__name__} depend on none of the selected parameters, and every "
+                "curvature is zero; is there a detach() or a no_grad() in the forward?",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return f
 
     def evaluate(self, x: Inputs) -> Tensor:
         """As calling, without a graph: f, detached. One forward."""
@@ -95,7 +108,7 @@ class Network:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Kernels with second derivatives, for this network; see `patches.differentiable`."""
-        with differentiable(recurrent=self.recurrent, embeddings=self.embeddings):
+        with differentiable(recurrent=self.recurrent, plain=self.plain):
             yield
 
     def by_keyword(self, x: Inputs) -> bool:

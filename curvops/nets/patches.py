@@ -1,12 +1,14 @@
 """What must be switched for a network to be differentiated twice, each switch put back on the way out.
 
 PyTorch's fastest kernels (flash attention, the fused transformer path, cuDNN and oneDNN recurrences, EmbeddingBag) have
-no second derivative. Inside `differentiable` the plain kernels run instead; nothing of the user's is altered.
+no second derivative, that of weight norm a wrong one, and reentrant checkpoints cut the graph without a word. Inside
+`differentiable` the plain kernels run instead, and such a checkpoint is refused; nothing of the user's is altered.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from curvops.errors import UnsupportedLayerError
+from curvops.errors import UnsupportedError, UnsupportedLayerError
 
 
-class PlainEmbedding(TorchFunctionMode):
-    """Runs EmbeddingBag (sum, mean) as lookup + reduction, and lookups with dense, unscaled gradients.
+class PlainKernels(TorchFunctionMode):
+    """EmbeddingBag (sum, mean) as lookup + reduction; lookups with dense gradients; weight norm by its formula.
 
     EmbeddingBag has neither forward-mode nor second derivatives; `sparse=True` gives gradients that do not
-    differentiate again; `scale_grad_by_freq=True` gives gradients that are no derivative.
+    differentiate again; `scale_grad_by_freq=True` gives gradients that are no derivative. The fused weight norm (over
+    the first or last axis) takes its norms for constants in the second derivative, which is 7–70 % off (PyTorch 2.13
+    to 2.15; `torch.autograd.gradgradcheck` refuses it), and has no forward-mode derivative.
     """
 
     def __torch_function__(
@@ -34,7 +40,13 @@ class PlainEmbedding(TorchFunctionMode):
             return _embedding_bag(*args, **kwargs)
         if func is nn.functional.embedding:
             return _embedding(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _embedding(
@@ -99,11 +111,13 @@ def _embedding_bag(
 _MAX_NORM = "an embedding with max_norm rewrites its weights in the forward; renormalise once and set max_norm=None"
 
 
-def needs_plain_embedding(model: nn.Module) -> bool:
-    """Whether some module of the model looks up through a kernel that does not differentiate twice."""
+def needs_plain_kernels(model: nn.Module) -> bool:
+    """Whether some module of the model runs a kernel that `PlainKernels` replaces (weight norm: or may run it)."""
     return any(
         isinstance(m, nn.EmbeddingBag)
         or (isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None))
+        or isinstance(m, ParametrizationList)
+        or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
         for m in model.modules()
     )
 
@@ -128,12 +142,16 @@ def recording() -> Iterator[None]:
 
 
 @contextmanager
-def differentiable(*, recurrent: bool = False, embeddings: bool = False) -> Iterator[None]:
+def differentiable(*, recurrent: bool = False, plain: bool = False) -> Iterator[None]:
     """Kernels with second derivatives, autograd on, autocast off; all put back on the way out.
 
     Args:
         recurrent: Switch the fused cuDNN and oneDNN recurrences off.
-        embeddings: Intercept EmbeddingBag and lookups with sparse or scaled gradients.
+        plain: Intercept the kernels of `PlainKernels`.
+
+    Raises:
+        UnsupportedError: within, at a checkpoint with `use_reentrant=True`. Its backward needs `.backward()`, and where
+            none of its inputs requires a gradient it drops its parameters from the graph: a curvature of zero.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -141,14 +159,55 @@ def differentiable(*, recurrent: bool = False, embeddings: bool = False) -> Iter
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(_plain_recurrence())
-        if embeddings:
-            stack.enter_context(PlainEmbedding())
+        if plain:
+            stack.enter_context(PlainKernels())
+        stack.enter_context(_reentrance_refused())
         # Nothing can be compiled unless dynamo was imported, and importing it takes seconds.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+class _Watched(threading.local):
+    """Whether this thread is inside `differentiable`; another thread may train with checkpoints meanwhile."""
+
+    depth = 0
+
+
+_watched = _Watched()
+
+
+class _Guard:
+    """Stands for `torch.utils.checkpoint.CheckpointFunction`, which only reentrant checkpoints use."""
+
+    def __init__(self, behind: Any) -> None:
+        self.behind = behind
+
+    def apply(self, *args: Any) -> Any:
+        if _watched.depth > 0:
+            raise UnsupportedError(
+                "the model uses reentrant activation checkpointing, which autograd.grad cannot enter; "
+                "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+            )
+        return self.behind.apply(*args)
+
+
+@contextmanager
+def _reentrance_refused() -> Iterator[None]:
+    checkpoints = sys.modules.get("torch.utils.checkpoint")
+    if checkpoints is None:
+        yield
+        return
+    held = checkpoints.CheckpointFunction
+    _watched.depth += 1
+    try:
+        checkpoints.CheckpointFunction = _Guard(held)  # type: ignore[attr-defined]
+        yield
+    finally:
+        checkpoints.CheckpointFunction = held  # type: ignore[attr-defined]
+        _watched.depth -= 1
 
 
 @contextmanager

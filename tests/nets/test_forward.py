@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections import UserDict
 
 import pytest
@@ -7,17 +8,19 @@ import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from untouched import untouched
 
 from curvops.errors import (
     DataError,
     NonDeterministicDataError,
+    NumericalWarning,
     ShapeError,
     UnsupportedError,
     UnsupportedLayerError,
 )
 from curvops.nets.forward import Network, take
-from curvops.nets.patches import PlainEmbedding, substituted
+from curvops.nets.patches import PlainKernels, substituted
 from curvops.testing.problems import problem, problems
 
 
@@ -217,14 +220,14 @@ class TestEmbeddingBag:
         x = torch.tensor([0, 2, 4, 4, 1, 2])
         offsets = torch.tensor([0, 2, 2, 5, 6][: 5 if include_last_offset else 4])
         expected = bag(x, offsets)
-        with PlainEmbedding():
+        with PlainKernels():
             assert reference.relative_error(bag(x, offsets).detach(), expected.detach()) < 1e-15
 
     def test_leading_and_trailing_empty_bags(self):
         bag = nn.EmbeddingBag(5, 3, mode="mean").double()
         x, offsets = torch.tensor([1, 2]), torch.tensor([0, 0, 2, 2])
         expected = bag(x, offsets)
-        with PlainEmbedding():
+        with PlainKernels():
             assert torch.equal(bag(x, offsets), expected)
 
     @pytest.mark.parametrize("shape", [(2, 3), (6,)])
@@ -234,7 +237,7 @@ class TestEmbeddingBag:
         offsets = None if len(shape) == 2 else torch.tensor([0, 1])
         weights = randn(*shape)
         expected = bag(x, offsets, per_sample_weights=weights)
-        with PlainEmbedding():
+        with PlainKernels():
             actual = bag(x, offsets, per_sample_weights=weights)
         assert reference.relative_error(actual.detach(), expected.detach()) < 1e-15
 
@@ -268,3 +271,74 @@ class TestSubstitution:
             with pytest.raises(KeyboardInterrupt), substituted(model, old, [0 * t for t in old]):
                 raise KeyboardInterrupt
         assert torch.equal(reference.outputs(model, x), before)
+
+
+class WeightNormed(nn.Module):
+    """Weight norm over the axis `dim` of a linear layer, as PyTorch's module or (`plain`) by its formula."""
+
+    def __init__(self, dim: int, old: bool) -> None:
+        super().__init__()
+        make = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.layer = make(nn.Linear(3, 2), dim=dim).double()
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x))
+
+
+class TestWeightNorm:
+    @pytest.mark.parametrize("old", [False, True])
+    @pytest.mark.parametrize("dim", [0, 1, -1])
+    def test_second_derivative_is_that_of_the_first(self, dim, old):
+        # Central differences of the gradient: PyTorch's own double backward through weight norm is wrong.
+        model, x = WeightNormed(dim, old), randn(4, 3)
+        parameters = list(model.parameters())
+        directions = [randn(p.numel()).view_as(p) for p in parameters]
+        f = Network(model)(x)
+        gradients = torch.autograd.grad((f**2).sum(), parameters, create_graph=True)
+        product = torch.autograd.grad(gradients, parameters, directions)
+
+        def gradient(step):
+            moved = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for p, d in zip(parameters, directions, strict=True):
+                    p.add_(step * d)
+                values = torch.autograd.grad(_squares(model, x), parameters)
+                for p, m in zip(parameters, moved, strict=True):
+                    p.copy_(m)
+            return values
+
+        step = 1e-5
+        for exact, ahead, behind in zip(product, gradient(step), gradient(-step), strict=True):
+            assert reference.relative_error((ahead - behind) / (2 * step), exact) < 1e-7
+
+
+def _squares(model, x):
+    with torch.enable_grad():
+        return (model(x) ** 2).sum()
+
+
+class TestCutGraphs:
+    def test_a_reentrant_checkpoint_over_the_data_is_refused(self):
+        # None of its inputs requires a gradient, so PyTorch would drop its parameters without an error.
+        model = nn.Sequential(nn.Linear(3, 2)).double()
+        model.forward = lambda x: checkpoint(model[0], x, use_reentrant=True)
+        with untouched(model), pytest.raises(UnsupportedError, match="use_reentrant=False"):
+            Network(model)(randn(4, 3))
+
+    def test_a_reentrant_checkpoint_of_the_users_works_afterwards(self):
+        layer, x = nn.Linear(3, 2).double(), randn(4, 3).requires_grad_()
+        Network(layer)(x.detach())
+        checkpoint(layer, x, use_reentrant=True).sum().backward()
+        assert layer.weight.grad is not None
+
+    def test_outputs_off_the_graph_are_reported(self):
+        model = nn.Linear(3, 2).double()
+        model.forward = lambda x: nn.functional.linear(x, model.weight, model.bias).detach()
+        with untouched(model), pytest.warns(NumericalWarning, match="none of the selected parameters"):
+            Network(model)(randn(4, 3))
+
+    def test_a_function_is_no_model(self):
+        with pytest.raises(DataError, match=r"function; expected a torch\.nn\.Module"):
+            Network(lambda x: x)
