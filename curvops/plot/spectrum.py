@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvops.extras import require
 from curvops.linalg.growth import student
 from curvops.linalg.results import Eigenpairs
 from curvops.linalg.spectrum import Spectrum
@@ -77,7 +78,7 @@ def spectrum(
                   transform=ax.get_xaxis_transform())  # fmt: skip
 
     ax.set_xscale("asinh", linear_width=knee, base=10)
-    ax.set_xticks(_ticks(x[0], x[-1], knee))
+    ax.xaxis.set_major_locator(require("matplotlib.ticker", "plot").FixedLocator(_ticks(knee)))
     ax.minorticks_off()
     ax.set_yscale("log")
     ax.set_ylim(0.3 if not rows else 0.12, 3 * top)
@@ -85,7 +86,7 @@ def spectrum(
     ax.set_xlabel("eigenvalue λ (curvature of the negative log-likelihood summed over the data)")
     ax.set_ylabel("eigenvalues per decade")
     if low < -knee:
-        ax.axvspan(x[0], 0, color=GREY, alpha=0.07, linewidth=0)
+        ax.axvspan(-1e30, 0, color=GREY, alpha=0.07, linewidth=0)
     if delta is not None:
         ax.axvline(delta, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"prior precision δ = {delta:g}")
     legend(ax, loc="upper right")
@@ -124,11 +125,11 @@ def _decades(values: Tensor, knee: float) -> Tensor:
     return torch.asinh(values.double() / knee) / math.log(10)
 
 
-def _ticks(low: float, high: float, knee: float) -> list[float]:
-    """Zero, and the powers of ten on either side of it that have room."""
-    largest = max(abs(low), abs(high))
-    powers = [10.0**k for k in range(math.ceil(math.log10(2 * knee)), math.floor(math.log10(largest)) + 1)]
-    return [t for t in (*(-p for p in reversed(powers)), 0.0, *powers) if low <= t <= high]
+def _ticks(knee: float) -> list[float]:
+    """Zero, and the powers of ten on either side that have room; many, for axes that are shared or widened later."""
+    first = math.ceil(math.log10(2 * knee))
+    powers = [10.0**k for k in range(first, first + 30)]
+    return [*(-p for p in reversed(powers)), 0.0, *powers]
 
 
 def _label(label: str, result: Spectrum) -> str:

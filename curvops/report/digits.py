@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def network(seed: int = 0, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
 
 
 def train(
-    model: nn.Module, likelihood: str, data: tuple[Tensor, Tensor], *, delta: float = 1.0, rtol: float = 1e-6
+    model: nn.Module, likelihood: Any, data: tuple[Tensor, Tensor], *, delta: float = 1.0, rtol: float = 1e-6
 ) -> float:
     """Bring `model` to a mode of the posterior: minimise `Σ −log p(y | f(x)) + ½ δ ‖θ‖²`, in place.
 
@@ -59,7 +60,7 @@ def train(
 
     Args:
         model: The network; its parameters are overwritten.
-        likelihood: "regression", "classification" or "binary".
+        likelihood: Anything that `co.GGN` takes.
         data: One batch.
         delta: Prior precision δ > 0, per parameter (not divided by N).
         rtol: Gradient norm at which to stop, relative to the gradient norm at the start.
