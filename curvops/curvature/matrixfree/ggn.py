@@ -35,7 +35,7 @@ class LinearPiece:
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes that the graphs hold; the adjoint's, where no forward derivative has built it, at about as much."""
+        """Bytes that the graphs hold; the adjoint's, where no product has built it, at as much again at most."""
         return self.linearisation.graph_bytes * (1 if self.linearisation.has_adjoint else 2)
 
     def release(self) -> None:
