@@ -156,5 +156,5 @@ plt.show()
 # %% [markdown]
 # **Answer.** Yes. Two unrelated eigensolvers agree to all digits shown; MINRES runs on the indefinite Hessian, and teaches
 # to recompute its residual; `trust-krylov` trains the network with exact Hessian products, and after a long stretch
-# through regions of negative curvature converges quadratically, to a gradient of 1e-8, where L-BFGS after twice as many
-# iterations still has one of order one. Nothing had more than a few vectors of P numbers in memory.
+# of slow progress falls to a gradient of 1e-8 within a few iterations, where L-BFGS after twice as many iterations still
+# has one of order one (its iterations are cheaper: they take gradients alone). Nothing had more than a few vectors of P numbers in memory.
