@@ -10,7 +10,7 @@ set: what the operations saved is read off the autograd graph, and g is asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,11 +29,21 @@ from curvops.nets.parameters import ParameterSelection
 from curvops.nets.products import _Kept
 from curvops.nets.rules import Tap, tap
 
+_AtEdges = dict[tuple[Any, int], Tensor | None]
+"""Edge → `(K, *shape there)`, None where nothing arrives."""
+
 Layout = Literal["batch first", "batch last", "shared"]
 """How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
 
 _WITNESSES = 3
 """Examples on which the rows' ownership is established."""
+
+_BY_INDEX = frozenset(
+    f"{name}Backward0"
+    for name in ("Index", "IndexSelect", "IndexPut", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Take",
+                 "MaskedSelect", "MaskedScatter", "Sort", "Topk")
+)  # fmt: skip
+"""Operations that move rows to places that depend on the data."""
 
 
 class DependentExamplesError(UnsupportedError):
@@ -80,7 +90,7 @@ class Layers:
         return 0 if self._plan is None else self._plan.bytes_per_example
 
     def learn(self, x: Inputs, size: int) -> None:
-        """Work out, on the first examples of a batch of `size`, which rows are whose; does nothing once that is certain.
+        """Work out, on the first examples of a batch of `size`, which rows are whose; once that is certain, nothing.
 
         One example alone does not say where others would lie, nor do gradients that are all zero: the next batch is
         asked again.
@@ -108,14 +118,15 @@ class Layers:
         count = min(size, _WITNESSES)
         while True:
             few = Capture(self, _copied(take(x, 0, count, size)))
-            layouts, sure = few.layouts()
+            layouts, sure = few.layouts([count // 2])
+            if not sure:
+                layouts, sure = few.layouts(range(count))
             if sure or count == size:
                 break
             count = min(size, 4 * count)
-        if size > 1:
-            alone = self.network(take(x, 0, 1, size), self.selection.tensors)
-            _require_independent(alone.detach(), few.outputs[:1])
-        # The first batch starts with the witnesses: there they are compared once more, in all its company.
+        if 1 < size == count:
+            _require_independent(self.network.evaluate(take(x, 0, 1, size)), few.outputs[:1])
+        # The batch starts with the witnesses: there their outputs are compared, in all its company.
         self._witnessed = few.outputs
         return _Plan(layouts, few.signature(), few.graph_bytes // count, sure)
 
@@ -155,19 +166,12 @@ class Capture(_Kept):
         """
         self._check(U, tuple(self.outputs.shape), "factors")
         B = self.outputs.shape[0]
-        edges: dict[tuple[Any, int], GradientEdge] = {}
-        for readings in self._readings:
-            for r in readings or ():
-                edges.setdefault((r.tap.edge.node, r.tap.edge.output_nr), r.tap.edge)
-        grads: dict[tuple[Any, int], Tensor | None] = {}
-        if edges:
-            found = self._grad([self._f], list(edges.values()), [U.movedim(-1, 0)])  # type: ignore[list-item]
-            grads = dict(zip(edges, found, strict=True))
+        grads = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
         result: list[Factors | None] = []
         for i, readings in enumerate(self._readings):
             parts: list[Part] = []
             for j, r in enumerate(readings or ()):
-                g = grads[r.tap.edge.node, r.tap.edge.output_nr]
+                g = grads[_key(r.tap.edge)]
                 if g is not None:
                     parts.append(self._part((i, j), r, g.detach(), B))
             result.append(Factors(self.selection.sizes[i], parts) if parts else None)
@@ -218,45 +222,83 @@ class Capture(_Kept):
             if readings is None:
                 self.fallback.append(i)
             self._readings.append(readings)
+        self._check_ownership()
 
-    def layouts(self) -> tuple[list[list[Layout] | None], bool]:
-        """Layouts found by sending a random cotangent through one example at a time; and whether all are certain."""
-        B = self.outputs.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
-        U = torch.zeros(*self.outputs.shape, B, dtype=self.outputs.dtype, device=self.outputs.device)
-        for n in range(B):
-            U[n, ..., n] = draw[n].to(U)
+    def layouts(self, examples: Sequence[int]) -> tuple[list[list[Layout] | None], bool]:
+        """Layouts found by sending random cotangents through single examples; and whether all are certain.
+
+        Args:
+            examples: Which, one column for each. One usually decides; if what it reaches fits two layouts, all do.
+        """
+        only = torch.arange(self.outputs.shape[0])
+        U = torch.cat([self._through(only == n) for n in examples], -1)
+        reached = self._pulled_to([t.edge for taps in self._taps for t in taps if t is not None], U)
         sure = True
         found: list[list[Layout] | None] = []
         for sites, taps in zip(self._sites, self._taps, strict=True):
             layouts: list[Layout] | None = []
             for site, t in zip(sites, taps, strict=True):
-                layout, certain = (None, True) if t is None else self._layout(site, t, U)
+                layout, certain = (None, True) if t is None else self._layout(site, t, U, reached, examples)
                 sure = sure and certain
                 layouts = None if layout is None or layouts is None else [*layouts, layout]
             found.append(layouts)
         return found, sure
 
-    def _layout(self, site: Site, t: Tap, U: Tensor) -> tuple[Layout | None, bool]:
-        B = U.shape[-1]
+    def _layout(
+        self, site: Site, t: Tap, U: Tensor, reached: _AtEdges, examples: Sequence[int]
+    ) -> tuple[Layout | None, bool]:
+        B = self.outputs.shape[0]
+        column = torch.tensor(examples, device=U.device)[:, None]
         if t.rows % B == 0:
-            g = self._at(t.edge, U)
+            g = reached[_key(t.edge)]
             if g is None:
                 return "batch first", False
-            reach = t.cotangent(g).reshape(B, t.rows, -1).ne(0).any(-1)
-            owner = torch.arange(t.rows, device=g.device)
-            column = torch.arange(B, device=g.device)[:, None]
-            first = not bool((reach & (owner // (t.rows // B) != column)).any())
-            last = not bool((reach & (owner % B != column)).any())
+            reach = t.cotangent(g).reshape(len(examples), t.rows, -1).ne(0).any(-1)
+            row = torch.arange(t.rows, device=g.device)
+            first = not bool((reach & (row // (t.rows // B) != column)).any())
+            last = not bool((reach & (row % B != column)).any())
             if first or last:
                 return "batch first" if first else "batch last", first != last or t.rows == B
         shared = self._shared(site, t, B)
         if shared is None:
             return None, True
-        g = self._at(shared.tap.edge, U)
-        apart = g is not None and not bool(g.flatten(2).ne(0).any(-1)[~torch.eye(B, dtype=torch.bool)].any())
+        g = self._pulled_to([shared.tap.edge], U)[_key(shared.tap.edge)]
+        apart = g is not None and not bool(
+            (g.flatten(2).ne(0).any(-1) & (torch.arange(B, device=U.device) != column)).any()
+        )
         return ("shared", True) if apart else (None, True)
+
+    def _through(self, chosen: Tensor) -> Tensor:
+        """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
+        draw[~chosen] = 0
+        return draw.to(self.outputs).unsqueeze(-1)
+
+    def _check_ownership(self) -> None:
+        """Send a cotangent through half of the examples, and to the fallback whatever lets it reach the other half.
+
+        Only for networks that move rows about by index (routing, sorting), where one batch does not tell of the next.
+        """
+        B = self.outputs.shape[0]
+        if B == 1 or not any(node.name() in _BY_INDEX for node in self._users):
+            return
+        chosen = torch.rand(B, generator=torch.Generator().manual_seed(B)) < 0.5
+        chosen[0], chosen[-1] = True, False
+        others = (~chosen).to(self.outputs.device)
+        U = self._through(chosen)
+        reached = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
+        for i, readings in enumerate(self._readings):
+            for r in readings or ():
+                g = reached[_key(r.tap.edge)]
+                if g is None:
+                    continue
+                own = g if r.back else self._split(r.tap.cotangent(g), 1, r.layout, B)
+                if bool(own[:, others].ne(0).any()):
+                    self._readings[i] = None
+                    self.fallback.append(i)
+                    break
+        self.fallback.sort()
 
     def _shared(self, site: Site, t: Tap, size: int) -> _Reading | None:
         """The reading of rows that all examples share, at the sum where they meet the examples.
@@ -295,9 +337,13 @@ class Capture(_Kept):
 
         return _Reading(replace(t, edge=edge), "shared", back)
 
-    def _at(self, edge: GradientEdge, U: Tensor) -> Tensor | None:
-        (g,) = self._grad([self._f], [edge], [U.movedim(-1, 0)])  # type: ignore[list-item]
-        return g
+    def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor) -> _AtEdges:
+        """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
+        wanted = {_key(edge): edge for edge in edges}
+        if not wanted:
+            return {}
+        found = self._grad([self._f], list(wanted.values()), [U.movedim(-1, 0)])  # type: ignore[list-item]
+        return dict(zip(wanted, found, strict=True))
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -354,6 +400,10 @@ class Capture(_Kept):
         chunks = example_rows(self._network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
         rows = torch.cat([r for _, r, _ in chunks]).transpose(0, 1)
         return list(rows.split(list(some.sizes), dim=-1))
+
+
+def _key(edge: GradientEdge) -> tuple[Any, int]:
+    return edge.node, edge.output_nr
 
 
 def _copied(x: Inputs) -> Inputs:

@@ -226,3 +226,18 @@ def test_a_first_batch_that_tells_nothing_decides_nothing():
         J = reference.jacobian(model, x[rows]).sum(1, keepdim=True).movedim(1, 0)
         got = torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1)
         check(got, J)
+
+
+def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
+    def forward(m, x):  # as many rows as examples, in an order that each batch decides
+        order = x[:, 0].argsort()
+        return m.head(torch.tanh(m.body(x[order]))[order.argsort()])
+
+    model = Model(forward, body=nn.Linear(2, 3), head=nn.Linear(3, 2)).double()
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[:2] = x[:2][x[:2, 0].argsort()]  # the first two are in order, the others are not
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, 6)
+    U = torch.ones(6, 2, 1, dtype=torch.float64)
+    J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
+    check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
+    assert batch.fallback == [0, 1]

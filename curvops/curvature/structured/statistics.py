@@ -94,7 +94,11 @@ class Statistics:
             return
         for part in factors.parts:
             key, pair = _pair(part, active, self.approx, first, moments)
-            self.pairs[key] = pair if key not in self.pairs else _accumulated(self.pairs[key], pair)
+            if key not in self.pairs:
+                # A copy, since a weight and its bias were given the same B, and sums are made in place.
+                self.pairs[key] = Pair(pair.flipped, pair.A, pair.B.clone(), pair.terms)
+            else:
+                _accumulate(self.pairs[key], pair)
 
     def plus(self, other: Statistics) -> Statistics:
         """Sums of the sums: the statistics of both data sets."""
@@ -189,13 +193,12 @@ def _square(factor: Tensor | None) -> Tensor:
     return torch.diag(factor) if factor.dim() == 1 else factor[0]
 
 
-def _accumulated(total: Pair, new: Pair) -> Pair:
-    total.B = total.B + new.B  # out of place: a weight and its bias hold the same tensor
+def _accumulate(total: Pair, new: Pair) -> None:
+    total.B += new.B
     if new.terms:
         if total.A is not None and new.A is not None:
             total.A += new.A
         total.terms = (total.terms or 0.0) + new.terms
-    return total
 
 
 class Moments:
