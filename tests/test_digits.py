@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 
 import pytest
 import torch
@@ -143,3 +145,23 @@ def test_stochastic_gradients_cover_the_exact_ones(net: Digits, delta: float) ->
         for i, (g, error) in enumerate(zip(gradients, report.gradient_stderr(d, c), strict=True)):
             hits[i] += bool((g - exact[i]).abs() <= 2.262 * error)
     assert min(hits) >= 51  # 95 % of 60, less three standard deviations
+
+
+@pytest.mark.slow
+def test_beside_linear_operator_on_the_same_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours stay within what they claim; the table is printed (`-s`)."""
+    from benchmarks.against_linear_operator import rows
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # linear_operator's own
+        table = list(rows())
+    with capsys.disabled():
+        sys.stdout.write("\n" + "\n".join(map(str, table)) + "\n")
+    for row in table:
+        if row.library == "curvops":
+            assert row.claimed is not None
+            assert abs(row.error) <= row.claimed, str(row)
+    theirs = {row.question: row for row in table if row.library == "linear_operator" and row.delta == 0.01}
+    assert theirs["solve, relative residual"].error > 0.5
+    assert theirs["log det, nats"].error > 500
+    assert theirs["draws of N(0, A), bulk"].error < -0.9

@@ -353,7 +353,7 @@ def _dense(
     return pairs, Report(algorithm="dense eigh", matvecs=A.columns, seconds=time.perf_counter() - began, reason=reason)
 
 
-def dense_eigsh(M: Tensor, k: int, *, which: Which | None = None, sigma: float | None = None) -> Eigenpairs:
+def dense_eigsh(M: Tensor, k: int, *, which: Which | str | None = None, sigma: float | None = None) -> Eigenpairs:
     """The k wanted eigenpairs of a dense symmetric M `(P, P)`, which and sigma as in `eigsh`.
 
     Raises:
