@@ -6,8 +6,9 @@ holds input and weight as constants:
 
     y = W x + b ,   u → (Wᵀ u, u xᵀ, u) ,   (dx, dW, db) → W dx + dW x + db
 
-The adjoint's values are never needed, only its graph, which is recorded at u = 0: there every value is zero, and nothing
-is computed for it. Second derivatives in x and W do not exist on such a graph: it is for Jacobians; Hessians run on PyTorch's own layers.
+The adjoint's values are never needed, only its graph, which is recorded at u = 0: there every value is zero, and
+nothing is computed for it. Second derivatives in x and W do not exist on such a graph: it is for Jacobians; Hessians
+run on PyTorch's own layers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from curvops.errors import UnsupportedError
+from curvops.nets.matmul import matmul
 
 _Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """stride, padding, dilation, groups"""
@@ -121,10 +123,10 @@ class _LinearAdjoint(Function):
         dy = None
         if dx is not None:
             assert W is not None
-            dy = dx @ W.t()
+            dy = matmul(dx, W.t())
         if dW is not None:
             assert x is not None
-            dy = _sum(dy, x @ dW.t())
+            dy = _sum(dy, matmul(x, dW.t()))
         if db is not None:
             dy = db.expand(ctx.shape) if dy is None else dy + db
         return dy, None, None, None
@@ -133,8 +135,8 @@ class _LinearAdjoint(Function):
 def _linear_adjoint(u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
     rows = u.reshape(-1, u.shape[-1])
     return (
-        None if W is None else u @ W,
-        None if x is None else rows.t() @ x.reshape(-1, x.shape[-1]),
+        None if W is None else matmul(u, W),
+        None if x is None else matmul(rows.t(), x.reshape(-1, x.shape[-1])),
         rows.sum(0) if bias else None,
     )
 

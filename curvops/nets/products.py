@@ -27,6 +27,10 @@ Engine = Literal["double_backward"]
 
 _T = TypeVar("_T")
 
+_SMALL = 2**20
+"""Bytes of a graph below which a pass is mostly calls, and K columns share them. Above, on a processor, the columns of
+a vectorised pass drive each other out of the caches, and one after the other is faster. Accelerators vectorise."""
+
 
 class Loss(Protocol):
     """What a Hessian needs of a likelihood: the negative log-likelihood summed over the batch."""
@@ -43,7 +47,7 @@ class _Kept:
         self.selection = selection
         self.engine: Engine = engine
         self.batched: bool | None = None
-        """Whether K columns run in one vectorised pass; None before the first product with K > 1 has tried."""
+        """Whether K columns run in one vectorised pass; None before the first product with K > 1 has decided."""
         self._network = network
         self._released = False
         self._recomputes = False
@@ -66,10 +70,29 @@ class _Kept:
             if cotangents[0].shape[0] == 1:
                 return _looped(outputs, inputs, cotangents)
             if self.batched is None:
-                return self._probe(outputs, inputs, cotangents)
+                if cotangents[0].device.type == "cpu" and self.graph_bytes > _SMALL:
+                    self.batched = False
+                else:
+                    return self._probe(outputs, inputs, cotangents)
             return (_vectorised if self.batched else _looped)(outputs, inputs, cotangents)
 
         return self._guarded(run)
+
+    def _parameter_rows(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+        """As `_grad` in the selected parameters, flattened: `(K, P)`."""
+        columns = cotangents[0].shape[0]
+        if columns > 1 and self.batched is False:
+            # Row by row into place: nothing of the size of the result is held beside it.
+            rows = cotangents[0].new_empty(columns, self.selection.size)
+            for k in range(columns):
+                rows[k] = self._parameter_rows(outputs, [c[k : k + 1] for c in cotangents])[0]
+            return rows
+        return self.selection.join_rows(self._grad(outputs, self.selection.tensors, cotangents), columns)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graphs hold."""
+        raise NotImplementedError
 
     def _guarded(self, run: Callable[[], _T]) -> _T:
         """A pass over the graph with autograd on and the user's hooks silent; RuntimeErrors explained."""
@@ -148,7 +171,7 @@ class Linearisation(_Kept):
         dummy, which, adjoint = self._tangent if self._tangent is not None else self._build_tangent()
         if not adjoint:
             return self.outputs.new_zeros(shape)
-        rows = self.selection.split_rows(v.T)
+        rows = self.selection.split_rows(v.T.contiguous())
         (result,) = self._grad(adjoint, [dummy], [rows[i] for i in which])
         return self.outputs.new_zeros(shape) if result is None else result.movedim(0, -1)
 
@@ -162,8 +185,7 @@ class Linearisation(_Kept):
         columns = u.shape[-1]
         if self._constant or columns == 0:
             return self.outputs.new_zeros(self.selection.size, columns)
-        grads = self._grad([self._f], self.selection.tensors, [u.movedim(-1, 0)])
-        return self.selection.join_rows(grads, columns).T
+        return self._parameter_rows([self._f], [u.movedim(-1, 0)]).T
 
     @property
     def graph_bytes(self) -> int:
@@ -252,9 +274,8 @@ class HessianProduct(_Kept):
         self._check(v, (self.selection.size,), "matmat")
         if not self._grads or v.shape[1] == 0:
             return torch.zeros_like(v)
-        rows = self.selection.split_rows(v.T)
-        result = self._grad(self._grads, self.selection.tensors, [rows[i] for i in self._which])
-        return self.selection.join_rows(result, v.shape[1]).T
+        rows = self.selection.split_rows(v.T.contiguous())
+        return self._parameter_rows(self._grads, [rows[i] for i in self._which]).T
 
     @property
     def graph_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import statistics
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], object]
@@ -63,7 +65,7 @@ def flops(work: Work) -> int | None:
 
     None where the counter's hooks on modules cannot follow (`torch.func` transforms of stateful modules).
     """
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}) as counter:
         try:
             work()
         except RuntimeError as error:
@@ -88,3 +90,8 @@ def in_subprocess(module: str, *arguments: str) -> object:
     """What `python -m module arguments` prints as JSON in its last line: peaks of memory need their own process."""
     run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def _linear_flops(a: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """The counter does not know oneDNN's products by itself."""
+    return 2 * math.prod(a) * weight[0]

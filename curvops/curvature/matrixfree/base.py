@@ -145,11 +145,18 @@ class DataOperator(LinearOperator):
 
     def _sum(self, V: Tensor, product: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Σ over batches of `product(piece, V)`, columns in chunks that fit into the budget."""
-        total = torch.zeros_like(V)
+        total: Tensor | None = None
         for batch, piece in self._pieces():
             for start, stop in self._chunks(batch, piece, V.shape[1]):
-                total[:, start:stop] += product(piece, V[:, start:stop])
-        return total
+                part = product(piece, V[:, start:stop])
+                if total is None and part.shape == V.shape:
+                    # Taken over as it is; a copy only where the network's own functions pass the caller's tensor on.
+                    same = part.untyped_storage().data_ptr() == V.untyped_storage().data_ptr()
+                    total = part.clone() if same else part
+                    continue
+                total = torch.zeros_like(V) if total is None else total
+                total[:, start:stop] += part
+        return torch.zeros_like(V) if total is None else total
 
     def _chunks(self, batch: Batch, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
         """Ranges of columns whose transients fit into a quarter of the budget.
