@@ -11,6 +11,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+# -------------------------------------------------------------------- shapes (pytest --shapes)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--shapes`: check the shapes in curvops' annotations while the tests run; more than doubles their time."""
+    parser.addoption("--shapes", action="store_true", help="check the shapes in annotations (jaxtyping, beartype)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the import hook before any test imports curvops."""
+    if config.getoption("--shapes"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("curvops", "shapecheck.check")
+
+
+# -------------------------------------------------------------------- fixtures
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is; CUDA tests are skipped without one."""
