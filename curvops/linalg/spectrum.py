@@ -224,11 +224,15 @@ class Spectrum:
         return least, most
 
     def _definite_shift(self, delta: float, verb: str) -> float:
+        if isinstance(delta, torch.Tensor) and delta.numel() != 1:
+            raise ShapeError(
+                f"{verb}: δ has shape {tuple(delta.shape)}, expected one number; ask once for each, no product is spent."
+            )
         delta = float(delta)
         if self.lower_bound is None:
             raise NotPositiveDefiniteError(
                 f"{verb} needs a proven lower bound of the spectrum of H, and none is known; take a curvature that is "
-                "positive semidefinite (GGN, Fisher), or give lower_bound to spectrum(...)."
+                "positive semidefinite (GGN, Fisher), or say what is known when H is built (is_psd, lower_bound)."
             )
         if not (math.isfinite(delta) and self.lower_bound + delta > 0):
             raise NotPositiveDefiniteError(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvops.errors import ConvergenceError, NumericalWarning
+from curvops.errors import ConvergenceError, NotPositiveDefiniteError, NumericalWarning, ShapeError
 from curvops.linalg.results import EstimateReport, SolveReport
-from curvops.operators import Closure, Dense, Diagonal, LinearOperator, LowRank
+from curvops.operators import Closure, Dense, Diagonal, Kronecker, LinearOperator, LowRank
 from curvops.operators.methods import (
     CG,
     LU,
@@ -246,6 +246,27 @@ def test_spectrum() -> None:
     exact = torch.logdet(PD + 0.1 * m.eye(P))
     estimate = spectrum.logdet(0.1)
     assert abs(float(estimate.value) - float(exact)) <= 3 * estimate.half_width + 1e-9
+
+
+@pytest.mark.parametrize("make", [Dense, lambda M: Kronecker(M, m.pd(2)), lambda M: Dense(M) + Diagonal(m.positive(P))])
+def test_spectrum_of_tensors_has_the_bound_that_a_factorisation_proves(
+    make: Callable[[Tensor], LinearOperator],
+) -> None:
+    A = make(PD)
+    spectrum = A.spectrum(probes=20, steps=P)
+    exact = torch.logdet(A.to_dense() + 0.1 * m.eye(A.shape[0]))
+    estimate = spectrum.logdet(0.1)
+    assert abs(float(estimate.value) - float(exact)) <= 3 * estimate.half_width + 1e-9
+    with pytest.raises(ShapeError, match=r"shape \(2,\), expected one number"):
+        spectrum.logdet(torch.ones(2))
+
+
+def test_spectrum_without_a_bound_knows_no_logdet() -> None:
+    for A in (Dense(INDEFINITE), _indefinite()):
+        spectrum = A.spectrum(probes=20, steps=P)
+        assert float(spectrum.trace_of(torch.abs).value) > 0
+        with pytest.raises(NotPositiveDefiniteError, match="is_psd, lower_bound"):
+            spectrum.logdet(1e3)
 
 
 def test_a_large_matrix_free_operator_never_becomes_dense() -> None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from curvops.errors import NotPositiveDefiniteError
 from curvops.linalg.probes import resolve_seed
 from curvops.linalg.spectrum import Spectrum
 from curvops.linalg.spectrum import spectrum as lanczos_spectrum
-from curvops.operators.routes.plan import Plan, product
+from curvops.operators.routes.plan import Plan, dense_is_affordable, product
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -20,9 +21,21 @@ def spectrum(
 ) -> Spectrum:
     """See `LinearOperator.spectrum`."""
     return lanczos_spectrum(
-        product(A), A.shape[0], probes=probes, steps=min(steps, A.shape[0]), lower_bound=A.lower_bound,
+        product(A), A.shape[0], probes=probes, steps=min(steps, A.shape[0]), lower_bound=_lower_bound(A),
         seed=resolve_seed(generator), dtype=A.dtype, device=A.device, progress=progress,
     )  # fmt: skip
+
+
+def _lower_bound(A: LinearOperator) -> float | None:
+    """What is proven of A, or 0 where its tensors have a closed form or a Cholesky that establishes definiteness."""
+    if A.lower_bound is not None or not (A._holds_tensors() and dense_is_affordable(A)):
+        return A.lower_bound
+    try:
+        with torch.no_grad():
+            A.logdet()
+    except NotPositiveDefiniteError:
+        return None
+    return 0.0
 
 
 def describe(A: LinearOperator) -> Plan:
