@@ -226,7 +226,7 @@ class Spectrum:
     def _definite_shift(self, delta: float, verb: str) -> float:
         if isinstance(delta, torch.Tensor) and delta.numel() != 1:
             raise ShapeError(
-                f"{verb}: δ has shape {tuple(delta.shape)}, expected one number; ask once for each, no product is spent."
+                f"{verb}: δ has shape {tuple(delta.shape)}, expected one number; ask for each, at no product."
             )
         delta = float(delta)
         if self.lower_bound is None:

@@ -249,7 +249,7 @@ def test_spectrum() -> None:
 
 
 @pytest.mark.parametrize("make", [Dense, lambda M: Kronecker(M, m.pd(2)), lambda M: Dense(M) + Diagonal(m.positive(P))])
-def test_spectrum_of_tensors_has_the_bound_that_a_factorisation_proves(
+def test_spectrum_of_tensors_has_the_bound_of_a_factorisation(
     make: Callable[[Tensor], LinearOperator],
 ) -> None:
     A = make(PD)
