@@ -256,6 +256,6 @@ def _refuse_negative(curvature: Tensor, norm: float, floor: float) -> None:
     lowest = float(curvature.amin())
     if lowest < -floor * max(norm, abs(lowest)):
         raise NotPositiveDefiniteError(
-            f"CG met a direction p with p'Ap/p'p = {lowest:.3e} < 0 (largest met: {norm:.3e}): the operator is not "
-            f"positive semidefinite. Use MINRES(), or add_diagonal(d) with d > {-lowest:.3g}."
+            f"CG met a direction p with p'Ap/p'p = {lowest:.3e} < 0: the operator is not positive semidefinite. Use "
+            f"MINRES(), or add_diagonal(d) with d above {-lowest:.3g} at the least (an eigenvalue may lie lower still)."
         )
