@@ -20,6 +20,17 @@ from curvops.curvature import (
     from_curvlinops,
 )
 from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Gram, Hessian, Jacobian, MCFisher
+from curvops.curvature.structured import (
+    EKFAC,
+    KFAC,
+    BlockEF,
+    BlockGGN,
+    BlockHessian,
+    DiagonalEF,
+    DiagonalGGN,
+    DiagonalHessian,
+    low_rank,
+)
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
 from curvops.linalg.spectrum import Spectrum
 from curvops.nets import likelihoods
@@ -56,11 +67,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "EKFAC",
     "GGN",
+    "KFAC",
     "LU",
     "MINRES",
     "SLQ",
     "BlockDiagonal",
+    "BlockEF",
+    "BlockGGN",
+    "BlockHessian",
     "Cholesky",
     "Closure",
     "CurvatureInterface",
@@ -70,6 +86,9 @@ __all__ = [
     "CurvlinopsInterface",
     "Dense",
     "Diagonal",
+    "DiagonalEF",
+    "DiagonalGGN",
+    "DiagonalHessian",
     "EFInterface",
     "Eigen",
     "Eigenpairs",
@@ -102,5 +121,6 @@ __all__ = [
     "flatten",
     "from_curvlinops",
     "likelihoods",
+    "low_rank",
     "unflatten",
 ]

@@ -80,6 +80,11 @@ class LayerPass:
         self.sketched = False
         self._reported = not report_unused
 
+    def note(self, name: str) -> str | None:
+        """What a reader should know of how a parameter was treated; None before a pass, and mostly after it."""
+        notes = ["per-example rows"] * (name in self.fallback) + ["tokens sketched"] * self.sketched
+        return ", ".join(notes) if notes else None
+
     def __iter__(self) -> Iterator[Step]:
         """One pass.
 

@@ -147,7 +147,7 @@ class Capture(_Kept):
         self.outputs: Tensor = self._f.detach()
         self._users = graph_users(self._f)
         self._sites = find_sites(self._users, self.selection.tensors)
-        self._taps = [[self._tap(site) for site in sites] for sites in self._sites]
+        self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
         self._readings: list[list[_Reading] | None] = []
         self._values: dict[tuple[int, int], Tensor] = {}
         self.fallback: list[int] = []
@@ -167,14 +167,13 @@ class Capture(_Kept):
         self._check(U, tuple(self.outputs.shape), "factors")
         B = self.outputs.shape[0]
         grads = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
-        result: list[Factors | None] = []
-        for i, readings in enumerate(self._readings):
-            parts: list[Part] = []
-            for j, r in enumerate(readings or ()):
-                g = grads[_key(r.tap.edge)]
-                if g is not None:
-                    parts.append(self._part((i, j), r, g.detach(), B))
-            result.append(Factors(self.selection.sizes[i], parts) if parts else None)
+
+        def read(i: int, readings: list[_Reading]) -> Factors | None:
+            found = [(j, r, grads[_key(r.tap.edge)]) for j, r in enumerate(readings)]
+            parts = [self._part((i, j), r, g.detach(), B) for j, r, g in found if g is not None]
+            return Factors(self.selection.sizes[i], parts) if parts else None
+
+        result = self._guarded(lambda: [read(i, readings or []) for i, readings in enumerate(self._readings)])
         if self.fallback:
             for i, rows in zip(self.fallback, self._rows(U), strict=True):
                 result[i] = Factors(self.selection.sizes[i], [Direct(rows)])
@@ -349,12 +348,8 @@ class Capture(_Kept):
 
     def _tap(self, site: Site) -> Tap | None:
         tensor = self.selection.tensors[site.parameter]
-
-        def read() -> Tap | None:
-            place = placement(site, tensor)
-            return None if place is None else tap(site, place, tensor.shape)
-
-        return self._guarded(read)
+        place = placement(site, tensor)
+        return None if place is None else tap(site, place, tensor.shape)
 
     def _part(self, key: tuple[int, int], r: _Reading, g: Tensor, B: int) -> Part:
         K, t = g.shape[0], r.tap
@@ -379,7 +374,7 @@ class Capture(_Kept):
         if t.value is None:
             return None
         if key not in self._values:
-            value = self._guarded(t.value).detach()
+            value = t.value().detach()
             value = value.expand(B, *value.shape) if r.layout == "shared" else self._split(value, 0, r.layout, B)
             self._values[key] = value.flatten(1, 2)
         return self._values[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.kfac import refuse_indices
-from curvops.errors import DataError, UnsupportedError
+from curvops.errors import DataError, NumericalWarning, UnsupportedError
 from curvops.memory import require
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import LinearOperator
@@ -89,6 +90,10 @@ class _GaussNewtonBlocks(_Blocks):
                 self._require_room()
                 self._made = dict(enumerate(self._all()))
             return self._made.pop(number)
+
+    def release(self) -> None:
+        super().release()
+        self._made = {}
 
     def _all(self) -> list[Tensor]:
         sizes = self._objective.selection.sizes
@@ -185,10 +190,13 @@ class BlockHessian(_Blocks):
         part = copy.copy(self._objective)
         part.selection = ParameterSelection(part.model, [self._objective.selection.names[i] for i in group])
         hessian = Hessian.of(part)
-        try:
-            return hessian._dense()
-        finally:
-            hessian.release()
+        with warnings.catch_warnings():
+            # Said of one block it would sound as if it were true of the whole network; the zero block says it.
+            warnings.filterwarnings("ignore", "the outputs of .* depend on none", NumericalWarning)
+            try:
+                return hessian._dense()
+            finally:
+                hessian.release()
 
 
 def groups_of(selection: ParameterSelection, by: By) -> list[range]:

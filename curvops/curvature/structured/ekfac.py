@@ -23,6 +23,7 @@ from curvops.curvature.structured.statistics import Approx, Fallback, Statistics
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift, SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
+from curvops.operators.deferred import Deferred
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.eigen import Eigen
 from curvops.operators.kronecker import Kronecker
@@ -76,11 +77,17 @@ class EKFAC(BlockDiagonal):
         objective.needed_likelihood()
         self.source = _Corrected(FromData(objective, cotangents, approx, fallback))
         watch = cotangents.operator(objective)
-        blocks = []
+        blocks: list[Deferred] = []
         for i, name in enumerate(selection.names):
             guess = expected(objective.model, selection, fallback)[i]
             guess = guess if guess.kind is Diagonal else Expected(Eigen, str(selection.sizes[i]))
-            blocks.append(deferred(lambda i=i: self.source.operators()[i], guess, selection, name, watch))
+
+            def build(i: int = i, name: str = name) -> LinearOperator:
+                operator = self.source.operators()[i]
+                blocks[i].note = self.source.factors.note(name)
+                return operator
+
+            blocks.append(deferred(build, guess, selection, name, watch))
         BlockDiagonal.__init__(self, *blocks, layout=objective.layout)
 
     def release(self) -> None:

@@ -34,6 +34,10 @@ class Source(Protocol):
         """Drop what was computed."""
         ...
 
+    def note(self, name: str) -> str | None:
+        """What a reader should know of how a parameter's statistics were computed."""
+        ...
+
 
 class KFAC(BlockDiagonal):
     """Kronecker-factored curvature (Martens & Grosse 2015), block-diagonal over the parameters in their order.
@@ -104,9 +108,14 @@ class KFAC(BlockDiagonal):
     ) -> None:
         self.source, self._selection, self._guesses = source, selection, guesses
         like = selection.tensors[0].detach()
-        blocks = []
+        blocks: list[Deferred] = []
         for i, name in enumerate(selection.names):
-            build: Callable[[], LinearOperator] = lambda i=i: source.statistics()[i].operator(like)  # noqa: E731
+
+            def build(i: int = i, name: str = name) -> LinearOperator:
+                operator = source.statistics()[i].operator(like)
+                blocks[i].note = source.note(name)
+                return operator
+
             blocks.append(deferred(build, guesses[i], selection, name, watch))
         BlockDiagonal.__init__(self, *blocks, layout=layout)
 
@@ -164,6 +173,9 @@ class FromData:
     def forget(self) -> None:
         self._found = None
 
+    def note(self, name: str) -> str | None:
+        return self.passes.note(name)
+
     def _computed(self) -> list[Statistics]:
         selection = self.objective.selection
         found = [Statistics(size, approx=self.approx) for size in selection.sizes]
@@ -197,6 +209,9 @@ class _Merged:
     def forget(self) -> None:
         self._found = None
 
+    def note(self, name: str) -> str | None:
+        return self.one.note(name)
+
 
 class _Fraction:
     def __init__(self, source: Source, share: float) -> None:
@@ -207,6 +222,9 @@ class _Fraction:
 
     def forget(self) -> None:
         self.source.forget()
+
+    def note(self, name: str) -> str | None:
+        return self.source.note(name)
 
 
 def deferred(
