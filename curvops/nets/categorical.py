@@ -6,6 +6,7 @@ With target weights t_c = (1−ε) w_y [c = y] + (ε/C) w_c, as torch smooths, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,15 +76,25 @@ class Categorical(Likelihood):
         self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], U: Float[Tensor, "*_"]
     ) -> Float[Tensor, "*_"]:
         """s (diag p − p pᵀ) U. O(U)."""
+        return self.output_hessian_map(f, y)(U)
+
+    def output_hessian_map(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]
+    ) -> Callable[[Float[Tensor, "*_"]], Float[Tensor, "*_"]]:
+        """`U → s (diag p − p pᵀ) U`; p, which costs more than a product with few columns, is computed once. O(f)."""
         self.check_shapes(f, y)
-        V = columns_last(U, f)
         p = f.softmax(-1).unsqueeze(-1)
-        # Λ 1 = 0, so a shift of u is free. Measured from the likeliest class, p∘(u − ⟨p, u⟩) no longer cancels when
-        # that class has p ≈ 1, which is where trained networks live.
-        top = p.argmax(-2, keepdim=True).expand(*p.shape[:-2], 1, V.shape[-1])
-        V = V - V.gather(-2, top)
-        product = self._scale(f, y)[..., None, None] * p * (V - (p * V).sum(-2, keepdim=True))
-        return product.reshape(U.shape)
+        top = p.argmax(-2, keepdim=True)
+        weighted = self._scale(f, y)[..., None, None] * p
+
+        def product(U: Tensor) -> Tensor:
+            V = columns_last(U, f)
+            # Λ 1 = 0, so a shift of u is free. Measured from the likeliest class, p∘(u − ⟨p, u⟩) no longer cancels
+            # when that class has p ≈ 1, which is where trained networks live.
+            V = V - V.gather(-2, top.expand(*p.shape[:-2], 1, V.shape[-1]))
+            return (weighted * (V - (p * V).sum(-2, keepdim=True))).reshape(U.shape)
+
+        return product
 
     def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C R"]:
         """√s (diag √p − p√pᵀ) Q, R = C − 1, with Q the complement of √p by one Householder reflection. O(f·C).

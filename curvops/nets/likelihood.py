@@ -71,6 +71,12 @@ class Likelihood(ABC):
             Of U's shape. O(U) for the closed forms.
         """
 
+    def output_hessian_map(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]
+    ) -> Callable[[Float[Tensor, "*_"]], Float[Tensor, "*_"]]:
+        """`U → Λ U` at fixed outputs, for many products: a subclass computes once what does not depend on U."""
+        return lambda U: self.output_hessian_product(f, y, U)
+
     @abstractmethod
     def output_hessian_sqrt(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C R"]:
         """L with Λ = L Lᵀ for each datum and position, R = `rank(C)` columns. Needs `is_convex`. O(f·R)."""

@@ -6,6 +6,7 @@ Each has `product` (`U → Λ U` on outputs), and, as Λ = S Sᵀ with one block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -70,9 +71,13 @@ class HessianForm:
     def __init__(self, likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
         self._likelihood, self._f, self._y = likelihood, f, y
         self._root: RootForm | None = None
+        self._apply: Callable[[Tensor], Tensor] | None = None
 
     def product(self, U: Tensor) -> Tensor:
-        return self._likelihood.output_hessian_product(self._f, self._y, U)
+        apply = self._apply
+        if apply is None:
+            apply = self._apply = self._likelihood.output_hessian_map(self._f, self._y)
+        return apply(U)
 
     def push(self, u: Tensor) -> Tensor:
         return self._rooted().push(u)
