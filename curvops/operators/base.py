@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from curvops.errors import DataError
+from curvops.errors import ConvergenceError, DataError
 from curvops.operators import formula
 from curvops.operators.structure import Layout, Scalar, Structure, number
 
@@ -171,8 +171,7 @@ class LinearOperator(Structure):
         B = self._columns(b, self.shape[0])
         if not bool(torch.isfinite(B.detach()).all()):
             raise DataError(f"solve: the right-hand side holds NaN or Inf; expected finite numbers for {self!r}.")
-        X, report = solve.plan(self, method).run(B)
-        return _answer(X[:, 0] if b.dim() == 1 else X, report, return_report)
+        return _of_columns(solve.plan(self, method).run, B, b, return_report)
 
     @verb
     def logdet(self, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -314,8 +313,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import function
 
         self._require_symmetric("function")
-        X, report = function.plan(self, f, method).run(self._columns(v, self.shape[1]))
-        return _answer(X[:, 0] if v.dim() == 1 else X, report, return_report)
+        return _of_columns(function.plan(self, f, method).run, self._columns(v, self.shape[1]), v, return_report)
 
     @verb
     def frobenius_norm(self, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -388,8 +386,20 @@ class LinearOperator(Structure):
         from curvops.operators.routes import function
 
         self._require_symmetric("sqrt_matvec" if power > 0 else "inv_sqrt_matvec")
-        X, report = function.plan_power(self, power, method).run(self._columns(v, self.shape[1]))
-        return _answer(X[:, 0] if v.dim() == 1 else X, report, return_report)
+        return _of_columns(
+            function.plan_power(self, power, method).run, self._columns(v, self.shape[1]), v, return_report
+        )
+
+
+def _of_columns(run: Callable[[Tensor], Any], V: Tensor, v: Tensor, return_report: bool) -> Any:
+    """What `run` makes of the columns V, in the shape that v came in; the best value that an error carries too."""
+    try:
+        X, report = run(V)
+    except ConvergenceError as error:
+        if v.dim() == 1 and isinstance(error.value, Tensor) and error.value.dim() == 2:
+            error.value = error.value[:, 0]
+        raise
+    return _answer(X[:, 0] if v.dim() == 1 else X, report, return_report)
 
 
 def _answer(value: Any, report: Any, return_report: bool) -> Any:
