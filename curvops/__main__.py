@@ -39,7 +39,9 @@ your own network:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    main = argparse.ArgumentParser(prog="python -m curvops", description="Curvature of neural networks, measured and checked.")
+    main = argparse.ArgumentParser(
+        prog="python -m curvops", description="Curvature of neural networks, measured and checked."
+    )
     commands = main.add_subparsers(dest="command", required=True, metavar="{report,info}")
     report = commands.add_parser(
         "report",

@@ -1,4 +1,4 @@
-"""How much memory a computation may take: the budget, the check before it starts, and the chunks that keep inside it."""
+"""How much memory a computation may take: the budget, the check before it starts, and chunks that keep inside it."""
 
 from __future__ import annotations
 

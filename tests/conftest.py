@@ -10,6 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# The matrices of the tests are small: threads that wait for each other cost many times what they save.
+torch.set_num_threads(1)
+
 
 # -------------------------------------------------------------------- shapes (pytest --shapes)
 

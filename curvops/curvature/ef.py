@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.interface import CurvatureInterface
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.fisher import EmpiricalFisher
 from curvops.curvature.objective import Objective
 from curvops.curvature.structured.diagonal import DiagonalEF

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvops.curvature.cotangents import Cotangents, FisherKind
 from curvops.curvature.interface import CurvatureInterface
+from curvops.curvature.matrixfree.cotangents import Cotangents, FisherKind
 from curvops.curvature.objective import Objective
 from curvops.curvature.structured.diagonal import DiagonalGGN
 from curvops.errors import UnsupportedError

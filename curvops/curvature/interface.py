@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvops.curvature.cotangents import Cotangents, FisherKind
+from curvops.curvature.matrixfree.cotangents import Cotangents, FisherKind
 from curvops.curvature.objective import Objective
 from curvops.curvature.structured.kfac import KFAC
 from curvops.curvature.structured.statistics import Approx

@@ -41,7 +41,8 @@ class SolveReport(Report):
     Attributes:
         iterations: Iterations of the slowest column (0 for direct solves).
         residual: `(K,)` true relative residuals ‖b − Ax‖/‖b‖, recomputed at the end; `()` for a single vector.
-        attainable: Smallest relative residual that the storage's rounding allows, `2u‖A‖‖x‖/‖b‖`; None if not estimated.
+        attainable: Smallest relative residual that the storage's rounding allows, `2u‖A‖‖x‖/‖b‖`; None where not
+            estimated.
     """
 
     iterations: int = 0

@@ -30,7 +30,7 @@ LAWS: tuple[Law, ...] = (
     *behaviour.LAWS,
     *gradients.LAWS,
 )
-"""Every law; that on words comes first, before anything is computed, and each of the others rests on those before it."""
+"""Every law; that on words comes first, before anything is computed; each of the others rests on those before it."""
 
 MAX_SIZE = 512
 """Largest rows or columns that the dense oracle takes."""

@@ -11,11 +11,11 @@ from curvops.curvature.backends.curvlinops_adapter import (
     from_curvlinops,
     provenance,
 )
-from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.ef import EFInterface
 from curvops.curvature.ggn import GGNInterface
 from curvops.curvature.hessian import HessianInterface
 from curvops.curvature.interface import CurvatureInterface
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.fisher import EmpiricalFisher, MCFisher
 from curvops.curvature.matrixfree.ggn import GGN
 from curvops.curvature.matrixfree.hessian import Hessian

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from curvops.curvature.backends.layers import Owner, owners, require_only_uses
 from curvops.curvature.backends.sandbox import Outputs
-from curvops.curvature.cotangents import Cotangents
 from curvops.curvature.matrixfree.base import DataOperator
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.forms import RootForm
 from curvops.curvature.matrixfree.ggn import GGN
 from curvops.curvature.matrixfree.hessian import Hessian

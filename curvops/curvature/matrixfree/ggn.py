@@ -67,7 +67,7 @@ class GaussNewton(DataOperator):
         return self._sum(V, lambda piece, W: piece.linearisation.vjp(piece.form.product(piece.linearisation.jvp(W))))
 
     def _dense(self) -> Tensor:
-        from curvops.curvature.layerdense import dense_from_layers
+        from curvops.curvature.matrixfree.layerdense import dense_from_layers
 
         dense = dense_from_layers(self)
         return super()._dense() if dense is None else dense

@@ -45,7 +45,7 @@ class GramOf(LinearOperator):
 
     def _dense(self) -> Tensor:
         n, size = self.factor.shape
-        from curvops.curvature.layerdense import gram_from_layers
+        from curvops.curvature.matrixfree.layerdense import gram_from_layers
 
         budget = default_budget(self.device) if self.memory_budget is None else self.memory_budget
         dense = gram_from_layers(self.curvature, budget)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from curvops.curvature.cotangents import Cotangents
-from curvops.curvature.layerdense import add_blocks, symmetrised
-from curvops.curvature.layerpass import LayerPass
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.hessian import Hessian
+from curvops.curvature.matrixfree.layerdense import add_blocks, symmetrised
+from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.kfac import refuse_indices
 from curvops.errors import DataError, NumericalWarning, UnsupportedError

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from typing_extensions import Self, Unpack
 
-from curvops.curvature.cotangents import Cotangents
-from curvops.curvature.layerpass import LayerPass
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.hessian import Hessian
+from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.linalg.results import EstimateReport
 from curvops.nets.factors import SquareSum

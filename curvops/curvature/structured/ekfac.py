@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from curvops.curvature.cotangents import Cotangents, FisherKind, Tokens
-from curvops.curvature.layerpass import LayerPass
+from curvops.curvature.matrixfree.cotangents import Cotangents, FisherKind, Tokens
 from curvops.curvature.matrixfree.fisher import Datum
+from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.expected import Expected, expected
 from curvops.curvature.structured.kfac import FromData, check_choice, deferred, refuse_indices

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvops.curvature.cotangents import Cotangents
-from curvops.curvature.layerpass import LayerPass
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.ggn import GaussNewton
+from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.nystrom import nystrom
 from curvops.nets.capture import DependentExamplesError

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from curvops.curvature.cotangents import Cotangents
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.objective import Objective
 from curvops.errors import NumericalWarning
 from curvops.nets.batches import Batch

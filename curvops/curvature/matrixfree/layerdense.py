@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvops.curvature.cotangents import Cotangents
-from curvops.curvature.layerpass import LayerPass, Step
+from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.ggn import GaussNewton
+from curvops.curvature.matrixfree.layerpass import LayerPass, Step
 from curvops.nets.capture import DependentExamplesError
 from curvops.nets.factors import Factors, Outer, add_block
 
