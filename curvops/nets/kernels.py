@@ -1,8 +1,8 @@
 """Layers whose adjoint is differentiated once more, in its cotangent alone: what a Jacobian product needs, no more.
 
-Double backward gets `J v` by differentiating `u → Jᵀu` in u. PyTorch's double backward of a convolution computes the
-derivatives in its input and its weight as well, wanted or not, which doubles the work. Here a linear layer's adjoint
-holds input and weight as constants:
+Double backward gets `J v` by differentiating `u → Jᵀu` in u. PyTorch's double backward of a convolution or a BatchNorm
+computes the derivatives in its input and its weight as well, wanted or not, which doubles the work. Here the adjoint of
+a layer holds input and weight as constants:
 
     y = W x + b ,   u → (Wᵀ u, u xᵀ, u) ,   (dx, dW, db) → W dx + dW x + db
 
@@ -30,7 +30,10 @@ _Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
 class LeanLayers(TorchFunctionMode):
-    """Runs `F.linear` and `F.conv1d … 3d` on tensors that need a gradient as the functions of this module."""
+    """Runs `F.linear`, `F.conv1d … 3d` and `F.batch_norm` by running statistics as the functions of this module.
+
+    Where no gradient is needed, or in a form that they do not cover, PyTorch's own run.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,6 +41,8 @@ class LeanLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
         if func in _CONVOLUTIONS:
             return _convolution(func, _CONVOLUTIONS[func], *args, **kwargs)
         return func(*args, **kwargs)
@@ -65,6 +70,22 @@ def _convolution(
         return stock(input, weight, bias, stride, padding, dilation, groups)
     per_axis = [tuple(s) if len(s) > 1 else tuple(s) * dimensions for s in map(_sequence, (stride, padding, dilation))]
     return _Convolution.apply(input, weight, bias, (*per_axis, groups))  # type: ignore[return-value]
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    buffers = running_mean is not None and running_var is not None
+    if training or not buffers or weight is None or bias is None or not _lean(input, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)  # type: ignore[return-value]
 
 
 def _sequence(value: int | Sequence[int]) -> Sequence[int]:
@@ -195,6 +216,67 @@ class _ConvolutionAdjoint(Function):
             column = db.reshape(-1, *([1] * (len(ctx.shape) - 2)))
             dy = column.expand(ctx.shape) if dy is None else dy + column
         return dy, None, None, None, None, None
+
+
+class _BatchNorm(Function):
+    """`γ (x − μ)/σ + β` per channel, μ and σ² = var + ε constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, mean, var)
+        ctx.eps, ctx.shape = eps, x.shape
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (u,) = cotangents
+        x, weight, mean, var = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            adjoint: Any = _BatchNormAdjoint.apply(u, x, weight, mean, var, ctx.eps, wanted)
+        else:
+            x = u if x is None else x
+            adjoint = torch.ops.aten.native_batch_norm_backward(
+                u, x, weight, mean, var, None, None, False, ctx.eps, list(wanted)
+            )
+        return (*adjoint, None, None, None)
+
+
+class _BatchNormAdjoint(Function):
+    """`u → (γ/σ u, Σ u (x − μ)/σ, Σ u)`, recorded at u = 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, x: Tensor | None, weight: Tensor, mean: Tensor, var: Tensor, eps: float, wanted: Any
+    ) -> Any:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.shape = eps, u.shape
+        shapes = (u.shape, weight.shape, weight.shape)
+        return tuple(_zeros(u, shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        _once()
+        dx, dweight, dbias = tangents
+        x, weight, mean, var = ctx.saved_tensors
+        rstd = (var + ctx.eps).rsqrt()
+
+        def channels(t: Tensor) -> Tensor:
+            return t.reshape(-1, *([1] * (len(ctx.shape) - 2)))
+
+        constant, dy = dbias, None
+        if dweight is not None:
+            constant = -mean * rstd * dweight if constant is None else constant - mean * rstd * dweight
+        if constant is not None:
+            dy = channels(constant).expand(ctx.shape)
+        if dx is not None:
+            scale = channels(weight * rstd)
+            dy = dx * scale if dy is None else torch.addcmul(dy, dx, scale)
+        if dweight is not None:
+            assert dy is not None
+            dy = torch.addcmul(dy, x, channels(rstd * dweight))
+        return dy, None, None, None, None, None, None
 
 
 def _convolve(x: Tensor, W: Tensor, b: Tensor | None, settings: _Settings) -> Tensor:
