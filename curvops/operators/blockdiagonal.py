@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
 from curvops.operators.base import Layout, LinearOperator, Scalar
+from curvops.operators.deferred import Deferred
 from curvops.operators.dense import as_operator, dense_copy, dense_route
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.formula import Formula
@@ -59,6 +60,14 @@ class BlockDiagonal(LinearOperator):
     @property
     def layout(self) -> Layout | None:
         return self._layout  # a block's own names would not cover the whole vector
+
+    def __reduce__(self) -> Any:
+        """A subclass that computes its blocks from a network travels as the blocks: nothing of the network does."""
+        travels: LinearOperator = self
+        if any(isinstance(block, Deferred) for block in self.blocks):
+            travels = BlockDiagonal(*self.blocks, layout=self._layout)
+            travels.memory_budget = self.memory_budget
+        return object.__new__, (type(travels),), travels.__getstate__()
 
     def _matmat(self, V: Tensor) -> Tensor:
         return torch.cat([block._apply(part) for block, part in self._split(V)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
-from curvops.operators.base import LinearOperator
+from curvops.operators.base import Layout, LinearOperator
 from curvops.operators.eigen import Eigen
 from curvops.operators.formula import Formula, size_text
 
@@ -163,8 +163,11 @@ class Deferred(LinearOperator):
         return self._content is None
 
     def __reduce__(self) -> Any:
-        return _as_it_is, (self.content(),)
+        return _named, (self.content(), self.layout)
 
 
-def _as_it_is(operator: LinearOperator) -> LinearOperator:
+def _named(operator: LinearOperator, layout: Layout | None) -> LinearOperator:
+    """The content, which has no names of its own, with those of the operator that computed it."""
+    if operator.layout is None:
+        operator._layout = layout
     return operator

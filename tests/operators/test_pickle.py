@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
 
 from curvops.errors import UnsupportedError
-from curvops.operators import BlockDiagonal, Deferred, Dense, Kronecker, LinearOperator, LowRank
+from curvops.operators import BlockDiagonal, Deferred, Dense, Diagonal, Kronecker, LinearOperator, LowRank
 from curvops.testing.zoo import Parts
 
 m = Parts(torch.float64, "cpu")
@@ -48,6 +49,32 @@ def test_a_deferred_operator_is_saved_as_what_it_is_made_of() -> None:
     twin = torch.load(buffer, weights_only=False)
     assert repr(twin) == "2.0·Kronecker(3×2) + 1.0·I"
     assert torch.allclose(twin.to_dense(), 2 * torch.kron(m.pd(3), m.pd(2)) + m.eye(6))
+
+
+class FromNetwork(BlockDiagonal):
+    """Blocks computed at first need, beside something that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.source = threading.Lock()
+        block = Deferred(lambda: Dense(m.pd(2)), Dense, (2, 2), torch.float64, "cpu", is_psd=True)
+        super().__init__(block, m.pd(3), layout={"w": slice(0, 2), "b": slice(2, 5)})
+        self.memory_budget = 10**6
+
+
+def test_blocks_of_a_network_travel_without_it() -> None:
+    A = FromNetwork()
+    for twin in (pickle.loads(pickle.dumps(A)), copy.deepcopy(A)):
+        assert type(twin) is BlockDiagonal
+        assert twin.memory_budget == 10**6
+        assert torch.equal(twin.add_diagonal({"w": 0.0, "b": 0.0}).to_dense(), torch.block_diag(m.pd(2), m.pd(3)))
+
+
+def test_names_travel_with_what_was_deferred() -> None:
+    D = Deferred(lambda: Diagonal(m.positive(4)), Diagonal, (4, 4), torch.float64, "cpu",
+                 layout={"w": slice(0, 3), "b": slice(3, 4)})  # fmt: skip
+    twin = pickle.loads(pickle.dumps(D))
+    expected = m.positive(4) + torch.tensor([1.0, 1.0, 1.0, 2.0])
+    assert torch.equal(twin.add_diagonal({"w": 1.0, "b": 2.0}).diagonal(), expected)
 
 
 def test_deepcopy_is_private() -> None:
