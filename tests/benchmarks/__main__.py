@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import products
+from tests.benchmarks import dense, products
 from tests.benchmarks.models import CASES
 
 
@@ -31,6 +31,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "| one gradient | " + " | ".join(seconds) + " |"])
 
 
+def dense_table(result: dict[str, Any]) -> str:
+    """Roads to the dense matrix."""
+    lines = ["| dense GGN, P = 4,990, N = 256 | CPU seconds | MB above the base |", "|---|---:|---:|"]
+    lines += [f"| {name} | {row['cpu_seconds']:.3f} | {row['megabytes']:.0f} |" for name, row in result.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
@@ -42,9 +49,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # the peers' own
     results = {name: products.measure(name, options.rounds) for name in options.cases or CASES}
+    matrix = dense.measure(max(3, options.rounds // 3))
     machine = {"torch": torch.__version__, "threads": options.threads, "processor": platform.processor()}
-    options.output.write_text(json.dumps({"machine": machine, "products": results}, indent=1))
-    print(table(results))
+    options.output.write_text(json.dumps({"machine": machine, "products": results, "dense": matrix}, indent=1))
+    print(table(results), dense_table(matrix), sep="\n\n")
     for name, result in results.items():
         for key, why in result["failed"].items():
             print(f"{name}, {key}: {why}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,15 +74,18 @@ def flops(work: Work) -> int | None:
     return counter.get_total_flops()
 
 
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_above(work: Work) -> int:
+    """Bytes by which one run raises the resident size of this process above what it was (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
 
 
-def resident_bytes() -> int:
-    """Resident size of this process now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 def in_subprocess(module: str, *arguments: str) -> object:
