@@ -132,8 +132,14 @@ def add_blocks(M: Tensor, factors: Sequence[Factors | None], sizes: Sequence[int
 
 
 def symmetrised(M: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle M holds, in place where that is possible."""
-    return M.triu_().add_(M.triu(1).T)
+    """The symmetric matrix whose upper triangle M holds, in place; tile by tile, so that no second matrix is made."""
+    rows = 512
+    for start in range(0, M.shape[0], rows):
+        stop = min(start + rows, M.shape[0])
+        M[start:stop, :start] = M[:start, start:stop].T
+        tile = M[start:stop, start:stop]
+        tile.copy_(tile.triu() + tile.triu(1).T)
+    return M
 
 
 def _tile_examples(columns: int) -> int:
