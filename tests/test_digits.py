@@ -165,3 +165,20 @@ def test_beside_linear_operator_on_the_same_matrices(capsys: pytest.CaptureFixtu
     assert theirs["solve, relative residual"].error > 0.5
     assert theirs["log det, nats"].error > 500
     assert theirs["draws of N(0, A), bulk"].error < -0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [0.1, 1.0, 10.0])
+def test_intervals_cover_over_200_seeds(delta: float) -> None:
+    G = dense_ggn()
+    A = co.Closure(lambda V: G @ V + delta * V, (1210, 1210), batched=True, is_psd=True, lower_bound=delta)
+    logdet, trace = exact_logdet(delta), float(G.trace()) + 1210 * delta
+    hits = {"logdet, 10 x 20": 0, "trace, 10 probes": 0}
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        _, report = A.logdet(co.SLQ(probes=10, steps=20, generator=generator), return_report=True)
+        hits["logdet, 10 x 20"] += abs(report.value - logdet) <= report.half_width
+        _, report = A.trace(co.Hutchinson(probes=10, generator=generator), return_report=True)
+        hits["trace, 10 probes"] += abs(report.value - trace) <= report.half_width
+    print(f"\ndelta = {delta}: {hits} of 200")
+    assert min(hits.values()) >= 180, hits
