@@ -52,8 +52,9 @@ def indefinite(
         reason: Why no exact route answers.
         proceed: Makes the plan from a lower bound and a sentence about it; None to refuse in any case.
     """
-    known = A.lower_bound
-    hopeless = proceed is None or known is not None
+    # A curvature of a network, bounded by 0 and not damped, is singular as a rule: no look is spent on hope.
+    singular = A.lower_bound is not None and next(A._watched(), None) is not None
+    hopeless = proceed is None or singular
 
     def run(*arguments: Any) -> Any:
         look = _look(A, _FIRST_LOOK if hopeless else _LONGEST_LOOK)

@@ -21,6 +21,7 @@ from curvops.errors import UnsupportedError
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
 from curvops.operators.dense import definite_cholesky
+from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import diagonal_of
 from curvops.operators.functionspace import function_space
 from curvops.operators.routes import function
@@ -137,6 +138,8 @@ def _perturb(A: LinearOperator, method: methods.PerturbAndSolve, reason: str) ->
 
 def has_factors(A: LinearOperator) -> bool:
     """Whether a vector of covariance A can be drawn term by term, one term being a positive diagonal."""
+    if isinstance(A, BlockDiagonal):
+        return all(has_factors(block) for block in A.blocks)
     terms = _terms(A)
     diagonals = [term for term in terms if diagonal_of(term) is not None]
     positive = any(term.lower_bound is not None and term.lower_bound > 0 for term in diagonals)
@@ -148,6 +151,9 @@ def has_factors(A: LinearOperator) -> bool:
 
 def _perturbation(A: LinearOperator, noise: Noise) -> tuple[Tensor, Tensor]:
     """Columns b of covariance A, and the draws from the diagonal term alone that start CG."""
+    if isinstance(A, BlockDiagonal):
+        pairs = [_perturbation(block, noise) for block in A.blocks]
+        return torch.cat([B for B, _ in pairs]), torch.cat([start for _, start in pairs])
     B, start = None, None
     for term in _terms(A):
         d = diagonal_of(term)
