@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from untouched import untouched
 
-from curvops.curvature import layerdense
-from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Hessian, Jacobian, MCFisher
+from curvops.curvature.matrixfree import GGN, EmpiricalFisher, Hessian, Jacobian, MCFisher, layerdense
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.layerdense import dense_from_layers, gram_from_layers
 from curvops.curvature.structured.lowrank import low_rank
