@@ -21,7 +21,7 @@ from curvops.operators.diagonal import Diagonal, Identity, diagonal_of
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator, Scalar
 
-MAX_ROWS = 8192
+MAX_ROWS = 12288
 """Largest n at which the n x n matrix is formed and factorised without being asked."""
 
 
