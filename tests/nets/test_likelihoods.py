@@ -486,7 +486,7 @@ class Focal(nn.CrossEntropyLoss):
         (3, DataError, "Known are"),
         (F.cross_entropy, DataError, "from_loss"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_resolve_refuses(given: object, error: type[CurvopsError], words: str) -> None:
     with pytest.raises(error, match=words):
