@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from curvops.errors import UnsupportedError
+from curvops.nets.linear import is_plain, linear_adjoint
 from curvops.nets.matmul import matmul
 
 _Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -93,13 +94,7 @@ def _sequence(value: int | Sequence[int]) -> Sequence[int]:
 
 
 def _lean(*tensors: Tensor | None) -> bool:
-    # Checkpointing and offloading intercept what is saved, and run the forward again where no mode reaches: inside the
-    # engine. Both times PyTorch's own layer runs, so that both save the same.
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return False
-    present = [t for t in tensors if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided for t in present)
-    return plain and any(t.requires_grad for t in present) and len({t.dtype for t in present}) == 1
+    return is_plain([t for t in tensors if t is not None])
 
 
 _CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -119,7 +114,7 @@ class _Linear(Function):
         x, W = _constants(ctx)
         if torch.is_grad_enabled():
             return _LinearAdjoint.apply(u, x, W, ctx.needs_input_grad[2])
-        return _linear_adjoint(u, x, W, ctx.needs_input_grad[2])
+        return linear_adjoint(u, x, W, ctx.needs_input_grad[2])
 
 
 class _LinearAdjoint(Function):
@@ -151,15 +146,6 @@ class _LinearAdjoint(Function):
         if db is not None:
             dy = db.expand(ctx.shape) if dy is None else dy + db
         return dy, None, None, None
-
-
-def _linear_adjoint(u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
-    rows = u.reshape(-1, u.shape[-1])
-    return (
-        None if W is None else matmul(u, W),
-        None if x is None else matmul(rows.t(), x.reshape(-1, x.shape[-1])),
-        rows.sum(0) if bias else None,
-    )
 
 
 class _Convolution(Function):

@@ -20,6 +20,7 @@ from curvops.errors import CurvopsError, ShapeError, UnsupportedError
 from curvops.nets.forward import Inputs, Network, explained_product
 from curvops.nets.graph import graph_bytes
 from curvops.nets.kernels import LeanLayers
+from curvops.nets.linear import FastLinear
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.patches import recording, tracked_only, unhooked
 
@@ -251,7 +252,8 @@ class HessianProduct(_Kept):
         engine: Engine = "double_backward",
     ) -> None:
         super().__init__(network, selection, engine)
-        f = network(x, selection.tensors)
+        with FastLinear():
+            f = network(x, selection.tensors)
         self.outputs: Tensor = f.detach()
         with recording():
             loss = likelihood.loss(f, y.clone() if y.is_inference() else y.detach())

@@ -1,0 +1,88 @@
+"""Hessian products through our linear layers are those through PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from curvops.errors import UnsupportedError
+from curvops.nets import linear as module
+from curvops.nets.forward import Network
+from curvops.nets.linear import FastLinear
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.products import HessianProduct
+
+
+class Squares:
+    """½ Σ sin(f)²: curved, so that both terms of the Hessian count."""
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * f.sin().square().sum()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["stock", "ours"])
+def ours(request, monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def network(bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5, bias), nn.Tanh(), nn.Linear(5, 4, bias), nn.Tanh(), nn.Linear(4, 2, bias))
+
+
+def flattened_hessian(model: nn.Module, x: Tensor, names: list[str] | None) -> Tensor:
+    """By double backward in float64, entry after entry."""
+    model, x = model.double(), x.double()
+    parameters = [p for n, p in model.named_parameters() if names is None or n in names]
+    loss = Squares().loss(model(x), x)
+    g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in g]
+    return torch.stack([torch.cat([t.reshape(-1) for t in row]) for row in rows])
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("which", [None, ["0.weight"], ["2.weight", "4.weight"]], ids=str)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_hessian(shape, bias, which, columns):
+    model, x = network(bias), randn(*shape)
+    product = HessianProduct(Network(model), ParameterSelection(model, which), Squares(), x, x)
+    V = randn(product.selection.size, columns)
+    result = product.matmat(V)
+    H = flattened_hessian(model, x, which)
+    assert reference.relative_error(result.double(), H @ V.double()) < 5e-6
+
+
+def test_the_layer_is_used(ours):
+    W = randn(2, 3).requires_grad_()
+    with FastLinear():
+        f = nn.functional.linear(randn(4, 3), W)
+    assert ("_LinearBackward" in type(f.grad_fn).__name__) is ours
+
+
+def test_float64_and_checkpointed_layers_run_plain():
+    W = randn(2, 3).requires_grad_()
+    with FastLinear():
+        double = nn.functional.linear(randn(4, 3).double(), W.double())
+        recomputed = checkpoint(nn.functional.linear, randn(4, 3), W, use_reentrant=False)
+    assert "_LinearBackward" not in type(double.grad_fn).__name__
+    assert "_LinearBackward" not in type(recomputed.grad_fn).__name__
+
+
+def test_third_derivative_is_refused(ours):
+    if not ours:
+        pytest.skip("PyTorch's own layer has derivatives of every order")
+    x, W = randn(4, 3), randn(2, 3).requires_grad_()
+    with FastLinear():
+        f = nn.functional.linear(x, W)
+    (g,) = torch.autograd.grad(f.square().sum(), W, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no further"):
+        torch.autograd.grad(g.square().sum(), W, create_graph=True)
