@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -41,8 +42,11 @@ def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, work in works.items():
+        for turn in range(rounds):
+            # What ran before leaves the caches and the allocator in a state of its own: no one always follows the same.
+            order = list(works.items())
+            random.Random(turn).shuffle(order)
+            for name, work in order:
                 start, clock = time.process_time(), time.perf_counter()
                 work()
                 cpu[name].append(time.process_time() - start)

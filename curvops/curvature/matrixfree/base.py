@@ -218,7 +218,10 @@ class DataOperator(LinearOperator):
 
     def _explain_product(self) -> str:
         kept = f"{len(self._linearised)} batches kept" if self._linearised else "nothing kept yet"
-        return f"double backward on one graph per batch, cache={self._policy!r} ({kept})"
+        return (
+            f"double backward on one graph per batch, cache={self._policy!r} ({kept}); "
+            f"columns together on small graphs and accelerators, else in turn"
+        )
 
     def _formula(self) -> Formula:
         return Formula("leaf", f"{type(self).__name__}({', '.join(self._facts())})")
