@@ -44,7 +44,7 @@ def is_plain(tensors: list[Tensor]) -> bool:
     Checkpointing and offloading intercept what is saved, and run the forward again where no mode reaches: inside the
     engine. Both times PyTorch's own layer must run, so that both save the same.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return False
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided for t in tensors)
     return plain and any(t.requires_grad for t in tensors) and len({t.dtype for t in tensors}) == 1

@@ -20,8 +20,8 @@ from torch import Tensor
 from curvops.errors import UnsupportedError
 from curvops.linalg.results import Report, settle
 from curvops.operators import methods
-from curvops.operators.dense import definite_cholesky
 from curvops.operators.blockdiagonal import BlockDiagonal
+from curvops.operators.dense import definite_cholesky
 from curvops.operators.diagonal import diagonal_of
 from curvops.operators.functionspace import function_space
 from curvops.operators.routes import function
