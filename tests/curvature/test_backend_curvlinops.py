@@ -356,6 +356,36 @@ def test_uses_beside_the_module_are_refused_and_unused_layers_have_no_curvature(
         CurvlinopsGGN(Mixed().double(), "classification").kron(sequences, y, N=4)[1].to_dense()
 
 
+class Flattened(nn.Module):
+    """Makes rows of all positions of all data, and data of them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mix(x.flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1)
+
+
+class Swapped(nn.Module):
+    """Puts the positions first, of which there are as many as data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mix(x.transpose(0, 1))).mean(0)
+
+
+@pytest.mark.parametrize("kind", [Flattened, Swapped])
+def test_layers_whose_rows_are_not_the_data_are_refused(kind: type[nn.Module]) -> None:
+    x = torch.randn(4, 4, 4, generator=seeded(0), dtype=torch.float64)
+    y = torch.arange(4) % 3
+    with pytest.raises(UnsupportedLayerError, match=r"'mix' \(Linear\) sees \d+ rows"):
+        CurvlinopsGGN(kind().double(), "classification").kron(x, y, N=4)[1].to_dense()
+
+
 def test_arguments_of_kron() -> None:
     p = problems.problem("mlp")
     x, y = p.data()

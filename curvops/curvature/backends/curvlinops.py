@@ -11,6 +11,7 @@ from curvops.curvature.backends.curvlinops_adapter import (
     from_curvlinops,
     provenance,
 )
+from curvops.curvature.backends.foreign import deferred
 from curvops.curvature.ef import EFInterface
 from curvops.curvature.ggn import GGNInterface
 from curvops.curvature.hessian import HessianInterface
@@ -23,7 +24,6 @@ from curvops.curvature.objective import Objective
 from curvops.curvature.structured.statistics import Approx
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
-from curvops.operators.deferred import Deferred
 
 __all__ = ["CurvlinopsEF", "CurvlinopsGGN", "CurvlinopsHessian", "CurvlinopsInterface", "from_curvlinops"]
 
@@ -41,12 +41,14 @@ class CurvlinopsInterface(CurvatureInterface):
     def _kron(self, objective: Objective, cotangents: Cotangents, approx: Approx, N: int) -> LinearOperator:
         scale = 1.0 / self.factor if cotangents.fisher == "empirical" else 1.0
         factors = KroneckerFactors(objective, cotangents, approx, N, scale)
-        watch = GGN.of(objective)
-        return Deferred(
-            lambda: BlockDiagonal(*factors.blocks(), layout=objective.layout), BlockDiagonal, watch.shape, watch.dtype,
-            watch.device, label=factors.label(), note=f"by {provenance()}", watch=watch, is_psd=True,
-            layout=objective.layout, memory_budget=objective.memory_budget,
-        )  # fmt: skip
+        return deferred(
+            objective,
+            GGN.of(objective),
+            lambda: BlockDiagonal(*factors.blocks(), layout=objective.layout),
+            BlockDiagonal,
+            library=provenance(),
+            label=factors.label(),
+        )
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):

@@ -21,36 +21,26 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvops.curvature.backends.layers import Owner, owners, require_only_uses
+from curvops.curvature.backends.foreign import ForeignProduct, Multiply, named_version, plain, quiet
+from curvops.curvature.backends.layers import Owner, blocks_label, owners, refuse_ignored_targets, require_only_uses
 from curvops.curvature.backends.sandbox import Outputs
-from curvops.curvature.matrixfree.base import DataOperator
 from curvops.curvature.matrixfree.cotangents import Cotangents
-from curvops.curvature.matrixfree.forms import RootForm
-from curvops.curvature.matrixfree.ggn import GGN
 from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.objective import Objective
-from curvops.errors import CurvopsError, DataError, NumericalWarning, UnsupportedError, UnsupportedLayerError
-from curvops.linalg.probes import rademacher
-from curvops.memory import columns_within
+from curvops.errors import CurvopsError, DataError, UnsupportedError, UnsupportedLayerError
 from curvops.nets.batches import Batch
-from curvops.nets.categorical import Categorical
 from curvops.operators.base import LinearOperator
 from curvops.operators.closure import Closure
 from curvops.operators.dense import Dense
-from curvops.operators.formula import Formula, size_text
+from curvops.operators.formula import Formula
 from curvops.operators.kronecker import Kronecker
-
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Relative difference between two right ways to compute one product."""
 
 _HESSIAN_ERRS = (nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 _HESSIAN_FAILS = (nn.GroupNorm, nn.SiLU)
@@ -59,176 +49,46 @@ _HESSIAN_FAILS = (nn.GroupNorm, nn.SiLU)
 @lru_cache(maxsize=1)
 def library() -> Any:
     """The package; imported at first need, since that takes as long as importing torch."""
-    with _quiet():
+    with quiet():
         return importlib.import_module("curvlinops")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Deprecations and missing batching rules beneath curvlinops are none of the user's business."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def provenance() -> str:
     """`curvlinops 3.0.1`, without importing it."""
-    return f"curvlinops {importlib.metadata.version('curvlinops-for-pytorch')}"
+    return named_version("curvlinops", "curvlinops-for-pytorch")
 
 
 # -------------------------------------------------------------------- products
 
 
-class CurvlinopsProduct(DataOperator):
-    """One of our curvatures over one batch, whose products curvlinops computes.
+class CurvlinopsProduct(ForeignProduct):
+    """One of our curvatures over one batch, whose products curvlinops computes."""
 
-    Holds the native operator as well: it is the reference of the first product, and answers what is asked of the
-    curvature in function space.
-    """
+    def _library(self) -> str:
+        return provenance()
 
-    def _begin(self, objective: Objective, *, native: type[DataOperator], own: Mapping[str, Any] | None = None) -> None:
-        self._native_type, self._native_own = native, dict(own or {})
-        self.native: Any = native.of(objective, **self._native_own)
-        super()._begin(objective, is_psd=self.native.is_psd)
-        self._theirs: Any = None
-        self._outputs: Outputs | None = None
-        self._column_bytes = 0
-        self._why_native = _known_trouble(objective.network.module, native)
+    def _known_trouble(self) -> str | None:
+        for module in self.objective.network.module.modules():
+            kind = type(module).__name__
+            if self._native_type is Hessian and isinstance(module, _HESSIAN_ERRS):
+                return f"{provenance()} errs where {kind} is differentiated twice"
+            if self._native_type is Hessian and isinstance(module, _HESSIAN_FAILS):
+                return f"{provenance()} has no forward mode through the backward of {kind}"
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return f"{provenance()} lets the padding row of {kind} count"
+        return None
 
-    def _own(self) -> dict[str, Any]:
-        return {"native": self._native_type, "own": self._native_own}
-
-    def _product(self, V: Tensor) -> Tensor:
-        self.objective.watch.check()
-        if self._why_native is None and self._theirs is None:
-            self._meet()
-        if self._why_native is not None:
-            return self.native._product(V)
-        return self._multiplied(V)
-
-    def _meet(self) -> None:
-        """Build their operator, and compare its first product with ours."""
-        probe = rademacher(self.shape[1], 0, 1, seed=0, dtype=self.dtype, device=self.device)
-        try:
-            ours = self.native._product(probe)
-            self._column_bytes = sum(piece.graph_bytes for _, piece in self.native._pieces())
-            self._theirs, self._outputs = self._built()
-            try:
-                theirs = self._multiplied(probe)
-            except Exception as error:  # Whatever its transforms trip over: double backward has just shown the way.
-                self._leave(
-                    f"fails on this model ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                )
-                return
-            difference = float((theirs - ours).norm()) / max(float(ours.norm()), torch.finfo(self.dtype).tiny)
-            if not difference <= _TOLERANCES[self.dtype]:
-                self._leave(f"departs from double backward by {difference:.1e}")
-        finally:
-            if self._why_native is None:
-                self.native.release()
-
-    def _leave(self, why: str) -> None:
-        self._why_native, self._theirs, self._outputs = f"{provenance()} {why}", None, None
-        warnings.warn(
-            f"{self._why_native}; the products of this operator are curvops' own.", NumericalWarning, stacklevel=2
-        )
-
-    def _built(self) -> tuple[Any, Outputs]:
-        objective = self.objective
-        outputs = Outputs(objective.model, objective.selection)
-        ((batch, f),) = objective.evaluate()
-        names = {id(p): name for name, p in outputs.named_parameters()}
+    def _connect(self, outputs: Outputs, batch: Batch, f: Tensor) -> Multiply:
         kind = library().HessianLinearOperator if self._native_type is Hessian else library().GGNLinearOperator
         params: Any = outputs.selected
         if "dict" in str(inspect.signature(kind.__init__).parameters["params"].annotation).lower():
+            names = {id(p): name for name, p in outputs.named_parameters()}
             params = {names[id(p)]: p for p in outputs.selected}
         theirs = kind(
-            outputs, self._loss(batch, f), params, [(_plain(batch.x), batch.y)],
+            outputs, self._loss(batch, f), params, [(plain(batch.x), batch.y)],
             check_deterministic=False, num_data=len(batch.y), batch_size_fn=lambda _: len(batch.y),
         )  # fmt: skip
-        return theirs, outputs
-
-    def _loss(self, batch: Batch, f: Tensor) -> nn.Module:
-        """Whose Hessian in the outputs is Λ."""
-        if self._native_type in (GGN, Hessian):
-            return _NegativeLogLikelihood(self.objective)
-        with torch.no_grad():
-            return _HalfSquare(self.native._form(batch, f))
-
-    def _multiplied(self, V: Tensor) -> Tensor:
-        assert self._outputs is not None
-        selection = self.objective.selection
-        full = selection.scatter(V)
-        per_column = max(4 * self._column_bytes, 4 * selection.full_size * self.dtype.itemsize)
-        step = columns_within(self.objective.budget() // 4, self.device, per_column, max(V.shape[1], 1))
-        with self._outputs.network.differentiable(), _quiet():
-            parts = [self._theirs @ part.contiguous() for part in full.split(step, 1)]
-        return selection.gather(torch.cat(parts, 1).detach())
-
-    def _gram(self) -> LinearOperator | None:
-        return self.native._gram()
-
-    def _factor(self) -> LinearOperator | None:
-        return self.native._factor()
-
-    def release(self) -> None:
-        super().release()
-        self.native.release()
-        self._theirs, self._outputs = None, None
-
-    def _explain_product(self) -> str:
-        return self.native._explain_product() if self._why_native else f"one product by {provenance()}"
-
-    def _formula(self) -> Formula:
-        note = f"by curvops: {self._why_native}" if self._why_native else f"by {provenance()}"
-        return Formula("leaf", self.native._formula().text, notes=(note,))
-
-
-def _known_trouble(model: nn.Module, native: type[DataOperator]) -> str | None:
-    """Why curvlinops is not even tried, from the layers' names; None if it is."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if native is Hessian and isinstance(module, _HESSIAN_ERRS):
-            return f"{provenance()} errs where {kind} is differentiated twice"
-        if native is Hessian and isinstance(module, _HESSIAN_FAILS):
-            return f"{provenance()} has no forward mode through the backward of {kind}"
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return f"{provenance()} lets the padding row of {kind} count"
-    return None
-
-
-class _NegativeLogLikelihood(nn.Module):
-    """−log p(y | f) as the loss module that curvlinops asks for."""
-
-    reduction = "sum"
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        assert objective.likelihood is not None
-        self.likelihood = objective.likelihood
-
-    def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.likelihood.loss(f, y)
-
-
-class _HalfSquare(nn.Module):
-    """½ ‖Sᵀ f‖², whose GGN is `Σ Jᵀ S Sᵀ J`."""
-
-    reduction = "sum"
-
-    def __init__(self, form: RootForm) -> None:
-        super().__init__()
-        self.form = form
-
-    def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * self.form.pull(f.unsqueeze(-1)).square().sum()
-
-
-def _plain(x: Any) -> Any:
-    """Inputs that autograd may save."""
-    if isinstance(x, Tensor):
-        return x.clone() if x.is_inference() else x.detach()
-    return {key: _plain(value) for key, value in x.items()} if isinstance(x, Mapping) else x
+        return lambda V: theirs @ V
 
 
 def from_curvlinops(operator: Any, *, is_psd: bool | None = None, lower_bound: float | None = None) -> Closure:
@@ -323,7 +183,7 @@ class KroneckerFactors:
         self.owners = owners(
             objective.model, objective.selection, (nn.Linear, nn.Conv2d), provenance(), f"use {_NATIVE_KRON}"
         )
-        _refuse_ignored_targets(objective)
+        refuse_ignored_targets(objective, provenance(), f"use {_NATIVE_KRON}")
         for owner in self.owners:
             _refuse_convolution(owner, objective.network.module.get_submodule(owner.path), approx)
 
@@ -333,7 +193,7 @@ class KroneckerFactors:
         objective.watch.check()
         outputs = Outputs(objective.model, objective.selection)
         ((batch, _),) = objective.evaluate()
-        x = _plain(batch.x)
+        x = plain(batch.x)
         require_only_uses(outputs, x, self.owners, provenance(), f"use {_NATIVE_KRON}")
         kfac = _kfac_class()(
             outputs, nn.MSELoss(reduction="sum"), outputs.selected, [(x, batch.y)],
@@ -342,7 +202,7 @@ class KroneckerFactors:
         )  # fmt: skip
         kfac.backward = lambda f, y: self._backward(f, batch, outputs)
         try:
-            with outputs.network.differentiable(), _quiet():
+            with outputs.network.differentiable(), quiet():
                 kfac.compute_kronecker_factors()
         except (ValueError, NotImplementedError) as error:
             if isinstance(error, CurvopsError):
@@ -382,11 +242,7 @@ class KroneckerFactors:
 
     def label(self) -> str:
         """The blocks in one line, from shapes alone."""
-        parts = [
-            f"Kronecker({size_text([shape[0], shape[1:].numel()])})" if owner.role == "weight" else f"Dense({shape[0]})"
-            for owner, shape in zip(self.owners, self.objective.selection.shapes, strict=True)
-        ]
-        return f"{len(parts)}: {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}"
+        return blocks_label(self.owners, self.objective.selection.shapes)
 
 
 _NATIVE_KRON = "kron() of GGNInterface or EFInterface, or co.KFAC"
@@ -406,15 +262,6 @@ def _kfac_class() -> Any:
             self.backward(output, y)
 
     return Kfac
-
-
-def _refuse_ignored_targets(objective: Objective) -> None:
-    likelihood = objective.likelihood
-    targets = dict(objective.source.tensors())["y"]
-    if isinstance(likelihood, Categorical) and bool((targets == likelihood.ignore_index).any()):
-        raise UnsupportedError(
-            f"some targets are ignored, and {provenance()} would count their inputs all the same; use {_NATIVE_KRON}"
-        )
 
 
 def _refuse_convolution(owner: Owner, layer: nn.Module, approx: str) -> None:

@@ -2,11 +2,12 @@
 
 Libraries that factorise layer by layer see a parameter only through hooks on its module. What they would lose in
 silence is refused here by name: parameters outside the layers they know, tied ones, modules called twice, uses beside
-the module.
+the module, layers whose rows are not the data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from curvops.curvature.backends.sandbox import Outputs
-from curvops.errors import UnsupportedLayerError
+from curvops.curvature.objective import Objective
+from curvops.errors import UnsupportedError, UnsupportedLayerError
 from curvops.nets import draws
+from curvops.nets.categorical import Categorical
 from curvops.nets.jacobians import close
 from curvops.nets.parameters import ParameterSelection, unwrap
+from curvops.operators.formula import size_text
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,12 @@ class Owner:
 
 
 def owners(
-    model: nn.Module, selection: ParameterSelection, kinds: tuple[type[nn.Module], ...], library: str, way_out: str
+    model: nn.Module,
+    selection: ParameterSelection,
+    kinds: tuple[type[nn.Module], ...],
+    library: str,
+    way_out: str,
+    what: str = "Kronecker factors",
 ) -> list[Owner]:
     """The owner of each selected parameter, in the selection's order.
 
@@ -46,6 +55,7 @@ def owners(
         kinds: Layers that the library factorises.
         library: Its name, for the message.
         way_out: What to use instead.
+        what: What the library computes of these layers.
 
     Raises:
         UnsupportedLayerError: A parameter of another layer, or registered at two places.
@@ -61,21 +71,21 @@ def owners(
         if len(places) > 1:
             where = " and ".join(f"{path}.{role}".lstrip(".") for path, role, _ in places)
             raise UnsupportedLayerError(
-                f"parameter {name!r} is tied ({where}), and {library} keeps the factors of one place only; {way_out}"
+                f"parameter {name!r} is tied ({where}), and {library} keeps the {what} of one place only; {way_out}"
             )
         ((path, role, module),) = places
         if not isinstance(module, kinds) or role not in ("weight", "bias"):
             known = ", ".join(kind.__name__ for kind in kinds)
             raise UnsupportedLayerError(
-                f"parameter {name!r} belongs to {path or '(the model itself)'!r} ({type(module).__name__}), and "
-                f"{library} has Kronecker factors for {known} only; {way_out}"
+                f"parameter {name!r} belongs to {module_text(path, module)}, and {library} has {what} for {known} "
+                f"only; {way_out}"
             )
         result.append(Owner(name, path, role))
     return result
 
 
 def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str, way_out: str) -> None:
-    """Refuse parameters whose gradient is not that of one call of their module.
+    """Refuse parameters whose gradient is not that of one call of their module, and calls whose rows are not the data.
 
     Args:
         outputs: The copy of the model; hooks are set on it and removed.
@@ -84,9 +94,10 @@ def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str
         library, way_out: As in `owners`.
 
     Raises:
-        UnsupportedLayerError: A module runs more than once, or a parameter is used beside its module.
+        UnsupportedLayerError: A module runs more than once, a parameter is used beside its module, or the rows of a
+            module's output mix or reorder the data.
 
-    Cost: one forward and one backward, and those of the layers once more.
+    Cost: one forward and two backwards, and those of the layers once more.
     """
     inputs: dict[str, list[Tensor]] = {owner.path: [] for owner in found}
     gradients: dict[str, Tensor] = {}
@@ -96,23 +107,72 @@ def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str
     try:
         with outputs.network.differentiable():
             f = outputs(x)
+            if not f.requires_grad:
+                return
             # Irregular cotangents, so that no sum over data, positions or outputs cancels.
-            u = draws.gaussians(0, torch.zeros(1, dtype=torch.int64, device=f.device), 0, f.numel())
-            grads = torch.autograd.grad(f, outputs.selected, u.reshape(f.shape).to(f.dtype), allow_unused=True)
+            u = _irregular(f, 0)
+            grads = torch.autograd.grad(f, outputs.selected, u, allow_unused=True, retain_graph=True)
             for owner, gradient in zip(found, grads, strict=True):
                 layer = outputs.module.get_submodule(owner.path)
                 _require_only_use(
                     owner, layer, inputs[owner.path], gradients.get(owner.path), gradient, library, way_out
+                )
+            before = dict(gradients)
+            weights = 1.5 + _irregular(f[:, 0, 0] if f.dim() == 3 else f[:, 0], 1).tanh()
+            torch.autograd.grad(f, outputs.selected, u * _per_row(weights, u), allow_unused=True)
+            for owner in found:
+                layer = outputs.module.get_submodule(owner.path)
+                _require_rows(
+                    owner, layer, before.get(owner.path), gradients.get(owner.path), weights, library, way_out
                 )
     finally:
         for handle in handles:
             handle.remove()
 
 
+def refuse_ignored_targets(objective: Objective, library: str, way_out: str) -> None:
+    """Refuse ignored targets, where a library would count their data's inputs all the same.
+
+    Raises:
+        UnsupportedError: Some target is the likelihood's `ignore_index`.
+    """
+    likelihood = objective.likelihood
+    targets = dict(objective.source.tensors())["y"]
+    if isinstance(likelihood, Categorical) and bool((targets == likelihood.ignore_index).any()):
+        raise UnsupportedError(
+            f"some targets are ignored, and {library} would count their inputs all the same; {way_out}"
+        )
+
+
+def blocks_label(found: list[Owner], shapes: Sequence[torch.Size]) -> str:
+    """The blocks `B ⊗ A` and `B` in one line, from shapes alone."""
+    parts = [
+        f"Kronecker({size_text([shape[0], shape[1:].numel()])})" if owner.role == "weight" else f"Dense({shape[0]})"
+        for owner, shape in zip(found, shapes, strict=True)
+    ]
+    return f"{len(parts)}: {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}"
+
+
+def module_text(path: str, module: nn.Module) -> str:
+    """Path and type of a module, for messages."""
+    return f"{path or '(the model itself)'!r} ({type(module).__name__})"
+
+
+def _irregular(like: Tensor, sample: int) -> Tensor:
+    """Fixed numbers without a pattern, of a tensor's shape."""
+    position = torch.zeros(1, dtype=torch.int64, device=like.device)
+    return draws.gaussians(0, position, sample, like.numel()).reshape(like.shape).to(like.dtype)
+
+
+def _per_row(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def _note(path: str, inputs: dict[str, list[Tensor]], gradients: dict[str, Tensor]) -> Any:
     def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         inputs[path].append(given[0].detach())
-        output.register_hook(lambda g: gradients.__setitem__(path, g.detach()))
+        if output.requires_grad:
+            output.register_hook(lambda g: gradients.__setitem__(path, g.detach()))
 
     return hook
 
@@ -126,11 +186,10 @@ def _require_only_use(
     library: str,
     way_out: str,
 ) -> None:
-    kind = type(layer).__name__
+    module = module_text(owner.path, layer)
     if len(inputs) > 1:
         raise UnsupportedLayerError(
-            f"module {owner.path!r} ({kind}) runs {len(inputs)} times in one forward, and {library} would count its "
-            f"factors {len(inputs)} times over; {way_out}"
+            f"module {module} runs {len(inputs)} times in one forward, and {library} would miscount it; {way_out}"
         )
     if gradient is None:  # the output does not depend on it: no curvature, and none is what the library finds
         return
@@ -140,6 +199,26 @@ def _require_only_use(
         (expected,) = torch.autograd.grad(local, getattr(layer, owner.role), output_gradient)
     if not close(expected, gradient):
         raise UnsupportedLayerError(
-            f"parameter {owner.name!r} is used beside the calls of its module {owner.path!r} ({kind}), and {library} "
-            f"would not see that; {way_out}"
+            f"parameter {owner.name!r} is used beside the calls of its module {module}, and {library} would not see "
+            f"that; {way_out}"
         )
+
+
+def _require_rows(
+    owner: Owner,
+    layer: nn.Module,
+    gradient: Tensor | None,
+    weighted: Tensor | None,
+    weights: Tensor,
+    library: str,
+    way_out: str,
+) -> None:
+    if gradient is None or weighted is None:
+        return
+    if len(gradient) == len(weights) and close(gradient * _per_row(weights, gradient), weighted):
+        return
+    raise UnsupportedLayerError(
+        f"module {module_text(owner.path, layer)} sees {len(gradient)} rows that are not the batch's {len(weights)} "
+        f"data, one each and in order, and {library} takes rows for data; {way_out}, or keep the batch first in every "
+        "layer"
+    )
