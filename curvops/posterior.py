@@ -99,7 +99,7 @@ class Gaussian:
         loss: Scalar,
         prior_precision: Scalar | Mapping[str, Scalar],
         prior_mean: Scalar = 0.0,
-        log_normaliser: float = 0.0,
+        log_normaliser: Scalar = 0.0,
         *,
         method: Method | None = None,
         return_report: bool = False,
