@@ -76,7 +76,7 @@ class CurvatureInterface(Subject):
         self, x: Inputs, enable_backprop: bool = False
     ) -> tuple[Float[Tensor, "*f P"], Float[Tensor, "*f"]]:
         """The native `jacobians`, also where a backend overrides that one."""
-        return CurvatureInterface.jacobians(self, x, enable_backprop)
+        return self._jacobians(x, self._params_for(x), enable_backprop, native=True)
 
     def last_layer_jacobians(
         self, x: Inputs, enable_backprop: bool = False
@@ -86,7 +86,7 @@ class CurvatureInterface(Subject):
         `subnetwork_indices` count where `last_layer=True`, whose vectors they index.
         """
         if self.last_layer:
-            return CurvatureInterface.jacobians(self, x, enable_backprop)
+            return self.jacobians(x, enable_backprop)
         find_last_layer(self.model, x)
         return self._jacobians(x, "last_layer", enable_backprop)
 
@@ -123,7 +123,7 @@ class CurvatureInterface(Subject):
             J, f = attached_jacobians(network, selection, x, enable_backprop=True)
             return J.gather(1, outputs.unsqueeze(-1).expand(*outputs.shape, J.shape[-1])), f
         cotangents = torch.nn.functional.one_hot(outputs, f.shape[1]).to(f.dtype)
-        return self._rows(network, selection, x, f, cotangents), f
+        return self._example_rows(network, selection, x, f, cotangents), f
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Float[Tensor, "B P"], Float[Tensor, ""]]:
         """Gradient of the unscaled `lossfunc` of every example, summed over its positions.
@@ -143,7 +143,7 @@ class CurvatureInterface(Subject):
         with torch.no_grad():
             residuals = likelihood.gradient(f, batch.y) / factor
             loss = likelihood.loss(f, batch.y) / factor
-        rows = self._rows(objective.network, objective.selection, batch.x, f, residuals.unsqueeze(1))
+        rows = self._example_rows(objective.network, objective.selection, batch.x, f, residuals.unsqueeze(1))
         return rows[:, 0], loss.detach()
 
     # ---------------------------------------------------------------- curvatures

@@ -172,12 +172,32 @@ class Subject:
         (batch,) = source.batches(selection.device)
         return batch.x, network, selection
 
-    def _jacobians(self, x: Inputs, params: Params, enable_backprop: bool) -> tuple[Tensor, Tensor]:
+    def _jacobians(
+        self, x: Inputs, params: Params, enable_backprop: bool, *, native: bool = False
+    ) -> tuple[Tensor, Tensor]:
         x, network, selection = self._prepared(x, params)
         if enable_backprop:
             return attached_jacobians(network, selection, x, enable_backprop=True)
         f = network.evaluate(x)
-        return self._rows(network, selection, x, f).reshape(*f.shape, selection.size), f
+        rows = self._rows if native else self._example_rows
+        return rows(network, selection, x, f).reshape(*f.shape, selection.size), f
+
+    def _example_rows(
+        self,
+        network: Network,
+        selection: ParameterSelection,
+        x: Inputs,
+        f: Tensor,
+        cotangents: Float[Tensor, "B R *event"] | None = None,
+    ) -> Float[Tensor, "B R P"]:
+        """Rows `uᵀ J_n` of every example; a backend overrides it where its library computes them.
+
+        Args:
+            network, selection, x: What is differentiated, and where; prepared.
+            f: Outputs at x.
+            cotangents: u of every example; None for all unit vectors of its outputs.
+        """
+        return self._rows(network, selection, x, f, cotangents)
 
     def _rows(
         self,
@@ -187,7 +207,20 @@ class Subject:
         f: Tensor,
         cotangents: Float[Tensor, "B R *event"] | None = None,
     ) -> Float[Tensor, "B R P"]:
-        """Rows `uᵀ J_n` of every example, written into the result chunk by chunk."""
+        """The native `_example_rows`, written into the result chunk by chunk."""
+        result, room = self._room_for_rows(selection, f, cotangents)
+        for start, rows, _ in example_rows(network, selection, x, cotangents, f=f, byte_budget=room):
+            result[start : start + len(rows)] = rows
+        return result
+
+    def _room_for_rows(
+        self, selection: ParameterSelection, f: Tensor, cotangents: Tensor | None
+    ) -> tuple[Float[Tensor, "B R P"], int]:
+        """An empty result, and the bytes left for computing it.
+
+        Raises:
+            MemoryBudgetError: The result itself does not fit.
+        """
         number = f.shape[1:].numel() if cotangents is None else cotangents.shape[1]
         needed = len(f) * number * selection.size * f.element_size()
         budget = default_budget(selection.device) if self.memory_budget is None else self.memory_budget
@@ -197,11 +230,8 @@ class Subject:
             "Use co.Jacobian(model, data), which is matrix-free, fewer examples a call, last_layer=True, or "
             "subnetwork_indices.",
         )  # fmt: skip
-        result = f.new_empty(len(f), number, selection.size)
         room = min(DEFAULT_BYTES, max(budget - needed, budget // 16))
-        for start, rows, _ in example_rows(network, selection, x, cotangents, f=f, byte_budget=room):
-            result[start : start + len(rows)] = rows
-        return result
+        return f.new_empty(len(f), number, selection.size), room
 
     def _seed(self) -> int:
         """A fresh seed; the generator advances."""
