@@ -31,6 +31,7 @@ from curvops.curvature.structured import (
     DiagonalHessian,
     low_rank,
 )
+from curvops.interop.linear_operator import from_linear_operator
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
 from curvops.linalg.spectrum import Spectrum
 from curvops.nets import likelihoods
@@ -120,6 +121,7 @@ __all__ = [
     "errors",
     "flatten",
     "from_curvlinops",
+    "from_linear_operator",
     "likelihoods",
     "low_rank",
     "unflatten",

@@ -18,6 +18,7 @@ from curvops.operators import formula
 from curvops.operators.structure import Layout, Scalar, Structure, number
 
 if TYPE_CHECKING:
+    from linear_operator import LinearOperator as GPyTorchOperator
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
     from curvops.linalg.spectrum import Spectrum
@@ -349,6 +350,17 @@ class LinearOperator(Structure):
         from curvops.linalg.scipy import to_scipy
 
         return to_scipy(self.matmat, self.rmatmat, self.shape, self.dtype, self.device)
+
+    def to_linear_operator(self, *, solve: Method | None = None, logdet: Method | None = None) -> GPyTorchOperator:
+        """A `linear_operator.LinearOperator`, for GPyTorch; its verbs are answered by this operator's.
+
+        Args:
+            solve: How its solves are answered (`CG(rtol=1e-8)`, …); None to choose.
+            logdet: How its log-determinants are answered; None to choose.
+        """
+        from curvops.operators.doors import through
+
+        return through("linear_operator", self, solve=solve, logdet=logdet)
 
     def to(self, target: torch.dtype | torch.device | str) -> LinearOperator:
         """The operator in another dtype or on another device, on a private copy; the original stays as it was."""
