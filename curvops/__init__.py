@@ -31,7 +31,7 @@ from curvops.curvature.structured import (
     DiagonalHessian,
     low_rank,
 )
-from curvops.interop.linear_operator import from_linear_operator
+from curvops.interop import from_linear_operator
 from curvops.linalg.results import Eigenpairs, EstimateReport, Report, SolveReport
 from curvops.linalg.spectrum import Spectrum
 from curvops.nets import likelihoods

@@ -29,10 +29,9 @@ from torch import Tensor
 
 from curvops.errors import ShapeError, UnsupportedError
 from curvops.interop.entries import Verb, entries, exact_diagonal, folded, places, root
-from curvops.interop.from_linear_operator import convert, from_linear_operator, structured
+from curvops.interop.linear_operator_twins import convert, from_linear_operator, structured
 from curvops.interop.tensors import swapped, tensors_of
 from curvops.operators import Dense, LinearOperator
-from curvops.operators.doors import enter
 from curvops.operators.methods import Method
 
 __all__ = ["CurvatureLinearOperator", "from_linear_operator"]
@@ -373,6 +372,3 @@ def _expands(shape: Sequence[int], target: Sequence[int]) -> bool:
 @convert.register
 def _(operator: CurvatureLinearOperator, strict: bool) -> LinearOperator:
     return operator.operator
-
-
-enter("linear_operator", CurvatureLinearOperator.of)
