@@ -19,12 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvops.errors import UnsupportedError
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
-from curvops.nets.forward import Inputs, Network, rebuilt, take
+from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.graph import graph_bytes
-from curvops.nets.jacobians import close, example_rows
+from curvops.nets.jacobians import example_rows
 from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.mixing import require_independent
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.products import _Kept
 from curvops.nets.rules import Tap, tap
@@ -44,10 +44,6 @@ _BY_INDEX = frozenset(
                  "MaskedSelect", "MaskedScatter", "Sort", "Topk")
 )  # fmt: skip
 """Operations that move rows to places that depend on the data."""
-
-
-class DependentExamplesError(UnsupportedError):
-    """An example's outputs depend on the other examples of its batch."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,7 @@ class Layers:
 
     def __init__(self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28) -> None:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
+        self._plans: dict[object, _Plan] = {}
         self._plan: _Plan | None = None
         self._witnessed: Tensor | None = None
 
@@ -92,11 +89,13 @@ class Layers:
     def learn(self, x: Inputs, size: int) -> None:
         """Work out, on the first examples of a batch of `size`, which rows are whose; once that is certain, nothing.
 
-        One example alone does not say where others would lie, nor do gradients that are all zero: the next batch is
-        asked again.
+        Examples of another shape (longer sequences) are another matter. One example alone does not say where others
+        would lie, nor do gradients that are all zero: the next batch is asked again.
         """
+        kind = _example_shapes(x, size)
+        self._plan = self._plans.get(kind)
         if self._plan is None or (not self._plan.certain and size > 1):
-            self._plan = self._learned(x, size)
+            self._plan = self._plans[kind] = self._learned(x, size)
 
     def capture(self, x: Inputs, size: int) -> Capture:
         """One forward over a batch of `size`, ready to be asked for factors.
@@ -109,9 +108,11 @@ class Layers:
         batch = Capture(self, x)
         if self._witnessed is not None:
             both = min(len(self._witnessed), len(batch.outputs))
-            _require_independent(self._witnessed[:both], batch.outputs[:both])
+            require_independent(self.network, x, size, self._witnessed[:both], batch.outputs[:both])
             self._witnessed = None
-        batch.read(self._plan, size)
+        if not batch.read(self._plan, size):  # the forward does something else with this batch
+            self._require_alone(x, size, batch.outputs)
+            batch.read(batch.learned(), size)
         return batch
 
     def _learned(self, x: Inputs, size: int) -> _Plan:
@@ -125,10 +126,15 @@ class Layers:
                 break
             count = min(size, 4 * count)
         if 1 < size == count:
-            _require_independent(self.network.evaluate(take(x, 0, 1, size)), few.outputs[:1])
+            self._require_alone(x, size, few.outputs)
         # The batch starts with the witnesses: there their outputs are compared, in all its company.
         self._witnessed = few.outputs
         return _Plan(layouts, few.signature(), few.graph_bytes // count, sure)
+
+    def _require_alone(self, x: Inputs, size: int, outputs: Tensor) -> None:
+        """Refuse a batch whose first example has other outputs when it is alone."""
+        alone = self.network.evaluate(take(x, 0, 1, size))
+        require_independent(self.network, x, size, alone, outputs[:1])
 
 
 class Capture(_Kept):
@@ -200,8 +206,20 @@ class Capture(_Kept):
             for sites, taps in zip(self._sites, self._taps, strict=True)
         ]
 
-    def read(self, plan: _Plan, size: int) -> None:
-        """Decide how each site is read; a parameter whose sites differ from what was learned goes to the fallback."""
+    def learned(self) -> _Plan:
+        """What this batch itself says of its rows, by a backward of its own."""
+        B = self.outputs.shape[0]
+        layouts, sure = self.layouts([B // 2])
+        if not sure:
+            layouts, sure = self.layouts(range(0, B, max(1, B // _WITNESSES)))
+        return _Plan(layouts, self.signature(), self.graph_bytes // B, sure)
+
+    def read(self, plan: _Plan, size: int) -> bool:
+        """Decide how each site is read; a parameter whose sites differ from what was learned goes to the fallback.
+
+        Returns:
+            Whether none differed.
+        """
         self.fallback, self._readings = [], []
         mine = self.signature()
         for i, layouts in enumerate(plan.layouts):
@@ -221,7 +239,9 @@ class Capture(_Kept):
             if readings is None:
                 self.fallback.append(i)
             self._readings.append(readings)
+        as_learned = all(plan.layouts[i] is None for i in self.fallback)
         self._check_ownership()
+        return as_learned
 
     def layouts(self, examples: Sequence[int]) -> tuple[list[list[Layout] | None], bool]:
         """Layouts found by sending random cotangents through single examples; and whether all are certain.
@@ -401,6 +421,14 @@ def _key(edge: GradientEdge) -> tuple[Any, int]:
     return edge.node, edge.output_nr
 
 
+def _example_shapes(x: Inputs, size: int) -> object:
+    """Shapes and dtypes of one example's inputs."""
+    if isinstance(x, Tensor):
+        return x.shape[1:], x.dtype
+    tensors = ((key, value) for key, value in x.items() if isinstance(value, Tensor))
+    return tuple((key, value.shape[is_batched(value, size) :], value.dtype) for key, value in tensors)
+
+
 def _copied(x: Inputs) -> Inputs:
     """Inputs on storage of their own, so that what a graph keeps of them is their share alone."""
     if isinstance(x, Tensor):
@@ -411,12 +439,3 @@ def _copied(x: Inputs) -> Inputs:
 def _merge_positions(cotangent: Tensor, kind: str) -> Tensor:
     """`(K, B, positions in the rows, …)` with the rows' positions joined to the operation's own, or summed."""
     return cotangent.sum(2) if kind == "direct" else cotangent.flatten(2, 3)
-
-
-def _require_independent(few: Tensor, of_whole: Tensor) -> None:
-    if not close(few, of_whole):
-        raise DependentExamplesError(
-            "an example's outputs depend on the other examples of its batch (the same example alone gives other "
-            "outputs), so that per-example derivatives do not exist: look for statistics over the batch axis, and take "
-            "the matrix-free operators (GGN, Hessian), which differentiate the batch as a whole"
-        )

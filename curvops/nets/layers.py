@@ -8,7 +8,7 @@ slices) to the first operation that computes with it; that is a `Site`. What the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,19 +107,16 @@ def graph_users(f: Tensor) -> Users:
 def find_sites(users: Users, tensors: Sequence[Tensor]) -> list[list[Site]]:
     """The sites of each tensor, in the graph's own order; none for a tensor that the output does not depend on."""
     leaves = {id(n.variable): n for n in users if hasattr(n, "variable")}
-    found: list[list[Site]] = []
-    for i, tensor in enumerate(tensors):
-        sites: list[Site] = []
-        pending: list[tuple[Node, tuple[str, ...]]] = [(leaves[id(tensor)], ())] if id(tensor) in leaves else []
-        while pending:
-            node, moved = pending.pop()
-            for user, slot, number in users[node]:
-                if user.name() in MOVING:
-                    pending.append((user, (*moved, user.name())))
-                else:
-                    sites.append(Site(i, user, slot, GradientEdge(node, number), moved))
-        found.append(sites)
-    return found
+
+    def below(i: int, node: Node, moved: tuple[str, ...]) -> Iterator[Site]:
+        for user, slot, number in users[node]:
+            if user.name() in MOVING:
+                yield from below(i, user, (*moved, user.name()))
+            else:
+                yield Site(i, user, slot, GradientEdge(node, number), moved)
+
+    nodes = [leaves.get(id(tensor)) for tensor in tensors]
+    return [[] if node is None else list(below(i, node, ())) for i, node in enumerate(nodes)]
 
 
 def placement(site: Site, tensor: Tensor) -> Placement | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.layerpass import LayerPass, Step
-from curvops.nets.capture import DependentExamplesError
 from curvops.nets.factors import Factors, Outer, add_block
+from curvops.nets.mixing import DependentExamplesError
 
 TILE = 2048
 """Rows of a tile of the Gram matrix."""
