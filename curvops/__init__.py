@@ -46,6 +46,7 @@ from curvops.operators import (
     Kronecker,
     LinearOperator,
     LowRank,
+    Permuted,
 )
 from curvops.operators.methods import (
     CG,
@@ -112,6 +113,7 @@ __all__ = [
     "LowRank",
     "MCFisher",
     "Nystrom",
+    "Permuted",
     "PerturbAndSolve",
     "Report",
     "SolveReport",

@@ -11,6 +11,7 @@ from curvops.operators.eigen import Eigen
 from curvops.operators.inverse import Inverse
 from curvops.operators.kronecker import Kronecker
 from curvops.operators.lowrank import LowRank
+from curvops.operators.permuted import Permuted
 from curvops.operators.submatrix import Submatrix
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Kronecker",
     "LinearOperator",
     "LowRank",
+    "Permuted",
     "Product",
     "Scaled",
     "Submatrix",

@@ -185,7 +185,24 @@ def _regroup(operator: BlockDiagonal, sizes: list[int]) -> list[LinearOperator] 
         groups[group].append(block)
         position += block.shape[0]
         group += position == ends[group]
-    return [blocks[0] if len(blocks) == 1 else BlockDiagonal(*blocks) for blocks in groups]
+    return [_one(blocks) for blocks in groups]
+
+
+def _one(blocks: list[LinearOperator]) -> LinearOperator:
+    """Neighbouring blocks as one operator; equal multiples of the identity stay one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first = blocks[0]
+    if isinstance(first, Identity):
+        alike = (isinstance(b, Identity) and _is_same(b.scale, first.scale) for b in blocks)
+        if all(alike):
+            return Identity(sum(b.shape[0] for b in blocks), first.dtype, first.device, first.scale)
+    return BlockDiagonal(*blocks)
+
+
+def _is_same(a: Scalar, b: Scalar) -> bool:
+    """The same tensor, or equal numbers; equal tensors may be told apart by gradients."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
 def _full(part: Eigen) -> Eigen:

@@ -180,9 +180,12 @@ class Eigen(LinearOperator):
 def _rounding(Q: LinearOperator) -> float:
     """Relative rounding of eigenvalues whose vectors are Q: √n units per dense basis, none where Q is the identity."""
     from curvops.operators.kronecker import Kronecker
+    from curvops.operators.submatrix import Submatrix
 
     if isinstance(Q, Identity):
         return 0.0
+    if isinstance(Q, Submatrix):  # rows of Q in another order
+        return _rounding(Q.operator)
     if isinstance(Q, Kronecker):
         return sum(_rounding(factor) for factor in Q.factors)
     return 4 * Q.shape[0] ** 0.5 * torch.finfo(Q.dtype).eps

@@ -12,10 +12,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["leaf", "group", "sum", "scaled", "product", "transpose", "inverse", "selection"]
+Kind = Literal["leaf", "group", "sum", "scaled", "product", "transpose", "inverse", "selection", "function"]
 
 _SHOWN = 8  # blocks of a group that one line names
-_BINDING = {"leaf": 4, "group": 4, "inverse": 4, "selection": 4, "transpose": 3, "product": 2, "scaled": 2, "sum": 1}
+_BINDING = {
+    "leaf": 4,
+    "group": 4,
+    "inverse": 4,
+    "selection": 4,
+    "function": 4,
+    "transpose": 3,
+    "product": 2,
+    "scaled": 2,
+    "sum": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ def _algebra(node: Formula) -> str:
         return f"{node.text}({len(children)}: {', '.join(shown)})"
     if node.kind == "inverse":
         return f"inverse({_algebra(children[0])})"
+    if node.kind == "function":
+        return f"{node.text}({_algebra(children[0])})"
     if node.kind == "selection":
         return f"{_operand(children[0], 4)}[{node.text}]"
     if node.kind == "transpose":
@@ -109,4 +121,4 @@ def _algebra(node: Formula) -> str:
 
 def _operand(node: Formula, binding: int) -> str:
     text = _algebra(node)
-    return text if _BINDING[node.kind] >= binding else f"({text})"
+    return text if _BINDING.get(node.kind, 4) >= binding else f"({text})"

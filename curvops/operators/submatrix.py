@@ -8,6 +8,7 @@ from torch import Tensor
 from curvops.errors import ShapeError
 from curvops.operators.base import LinearOperator
 from curvops.operators.formula import Formula, times_text
+from curvops.operators.permuted import Permuted
 
 
 def select(operator: LinearOperator, rows: Tensor, columns: Tensor) -> LinearOperator:
@@ -15,7 +16,10 @@ def select(operator: LinearOperator, rows: Tensor, columns: Tensor) -> LinearOpe
     rows = _checked(rows, operator.shape[0], "row", operator)
     columns = _checked(columns, operator.shape[1], "column", operator)
     simpler = operator._submatrix(rows, columns)
-    return Submatrix(operator, rows, columns) if simpler is None else simpler
+    if simpler is not None:
+        return simpler
+    whole = len(rows) == operator.shape[0] == operator.shape[1] and torch.equal(rows, columns)
+    return Permuted(operator, rows) if whole else Submatrix(operator, rows, columns)
 
 
 class Submatrix(LinearOperator):
@@ -61,6 +65,9 @@ class Submatrix(LinearOperator):
 
     def _trace(self) -> Tensor:
         return self._diagonal().sum()
+
+    def _hadamard_square(self) -> LinearOperator:
+        return Submatrix(self.operator._hadamard_square(), self.rows, self.columns)
 
     def _transpose(self) -> LinearOperator:
         return Submatrix(self.operator.T, self.columns, self.rows)

@@ -29,6 +29,7 @@ from curvops.operators import (
     Kronecker,
     LinearOperator,
     LowRank,
+    Permuted,
     Zero,
 )
 
@@ -203,6 +204,23 @@ def zoo() -> list[Case]:
              lambda m: m.pd(7)[_SOME][:, _OTHERS]),
         Case("submatrix of Kronecker", lambda m: Kronecker(m.pd(3), m.pd(3, 1)).submatrix(_SOME),
              lambda m: kron(m.pd(3), m.pd(3, 1))[_SOME][:, _SOME]),
+        Case("permuted Kronecker", lambda m: Permuted(Kronecker(m.pd(3), m.pd(2)), _ORDER),
+             lambda m: kron(m.pd(3), m.pd(2))[_ORDER][:, _ORDER]),
+        Case("permuted Kronecker, singular",
+             lambda m: Permuted(Kronecker(Dense(m.psd(3, 2), is_psd=True), Dense(m.pd(2), is_psd=True)), _ORDER),
+             lambda m: kron(m.psd(3, 2), m.pd(2))[_ORDER][:, _ORDER]),
+        Case("permuted Kronecker + δI", lambda m: _damped(-0.5 * Permuted(Kronecker(m.pd(3), m.pd(2)), _ORDER), 40.0),
+             lambda m: -0.5 * kron(m.pd(3), m.pd(2))[_ORDER][:, _ORDER] + 40.0 * m.eye(6)),
+        Case("permuted Kronecker + diagonal",
+             lambda m: Permuted(Kronecker(m.pd(3), m.pd(2)), _ORDER) + Diagonal(m.positive(6)),
+             lambda m: kron(m.pd(3), m.pd(2))[_ORDER][:, _ORDER] + diag(m.positive(6))),
+        Case("permuted, not symmetric", lambda m: Permuted(Kronecker(m.general(3, 3), m.general(2, 2)), _ORDER),
+             lambda m: kron(m.general(3, 3), m.general(2, 2))[_ORDER][:, _ORDER]),
+        Case("Eigen in a permuted Kronecker basis",
+             lambda m: Permuted(Eigen(Kronecker(m.orthonormal(2), m.orthonormal(3)), m.positive(6)), _ORDER),
+             lambda m: _congruence(kron(m.orthonormal(2), m.orthonormal(3)).T, diag(m.positive(6)))[_ORDER][:, _ORDER]),
+        Case("all of a closure in another order", lambda m: m.closure(m.pd(6), is_psd=True).submatrix(_ORDER),
+             lambda m: m.pd(6)[_ORDER][:, _ORDER]),
         Case("submatrix of low rank", lambda m: LowRank(m.general(7, 4)).submatrix(_SOME),
              lambda m: (m.general(7, 4) @ m.general(7, 4).T)[_SOME][:, _SOME]),
         Case("transpose", lambda m: m.closure(m.general(4, 6)).T, lambda m: m.general(4, 6).T),
@@ -290,6 +308,7 @@ def zoo() -> list[Case]:
 
 
 _SOME = torch.tensor([4, 0, 3, 6])
+_ORDER = torch.tensor([2, 5, 0, 4, 1, 3])
 _OTHERS = torch.tensor([1, 2, 6])
 
 
