@@ -18,7 +18,7 @@ from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.matrixfree.layerdense import add_blocks, symmetrised
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
-from curvops.curvature.structured.kfac import refuse_indices
+from curvops.curvature.structured.factored import refuse_indices
 from curvops.errors import DataError, NumericalWarning, UnsupportedError
 from curvops.memory import require
 from curvops.nets.parameters import ParameterSelection

@@ -7,92 +7,45 @@ KFAC's own included, Q diag(λ) Qᵀ is the nearest to the block in the Frobeniu
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from torch import Tensor
 
-from curvops.curvature.matrixfree.cotangents import Cotangents, FisherKind, Tokens
-from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.layerpass import LayerPass
-from curvops.curvature.objective import Objective, Options
-from curvops.curvature.structured.expected import Expected, expected
-from curvops.curvature.structured.kfac import FromData, check_choice, deferred, refuse_indices
-from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, combined
+from curvops.curvature.structured.expected import Expected
+from curvops.curvature.structured.factored import Factored, Source, Sums
+from curvops.curvature.structured.statistics import Statistics, combined
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift, SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
-from curvops.operators.deferred import Deferred
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.eigen import Eigen
 from curvops.operators.kronecker import Kronecker
+from curvops.operators.permuted import Permuted
 
 
-class EKFAC(BlockDiagonal):
+class EKFAC(Factored):
     """Eigenvalue-corrected KFAC, block-diagonal over the parameters in their order; every verb in closed form.
 
     Args:
-        model, likelihood, data, options: As for `GGN`.
-        fisher, approx, fallback, num_samples, generator, datum, tokens: As for `KFAC`. `approx` enters the
-            eigenvectors alone: the eigenvalues are those of whole per-example gradients.
+        model, likelihood, data, options: As for `GGN`; `params` by flat indices is refused.
+        fisher, approx, fallback, weight_and_bias, num_samples, generator, datum, tokens: As for `Factored`. `approx`
+            enters the eigenvectors alone: the eigenvalues are those of whole per-example gradients.
 
     Its Frobenius distance to the block-diagonal of the same Fisher is never larger than KFAC's.
 
     Cost: KFAC, an eigendecomposition of each factor, and a second pass of about the cost of `DiagonalGGN`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Any,
-        data: Any,
-        *,
-        fisher: FisherKind = "exact",
-        approx: Approx = "expand",
-        fallback: Fallback = "diag",
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        datum: Datum = "token",
-        tokens: Tokens = "auto",
-        **options: Unpack[Options],
-    ) -> None:
-        cotangents = Cotangents.chosen("EKFAC", fisher, num_samples, generator, datum, tokens)
-        self._begin(Objective(model, likelihood, data, **options), cotangents, approx, fallback)
+    def _from(self, sums: Sums) -> Source:
+        return _Corrected(sums)
 
-    @classmethod
-    def of(
-        cls, objective: Objective, cotangents: Cotangents, approx: Approx = "expand", fallback: Fallback = "diag"
-    ) -> Self:
-        """The EKFAC over an objective that is already there."""
-        ekfac = cls.__new__(cls)
-        ekfac._begin(objective, cotangents, approx, fallback)
-        return ekfac
-
-    def _begin(self, objective: Objective, cotangents: Cotangents, approx: Approx, fallback: Fallback) -> None:
-        check_choice("EKFAC", "approx", approx, ("expand", "reduce"))
-        check_choice("EKFAC", "fallback", fallback, ("diag", "full", "raise"))
-        selection = objective.selection
-        refuse_indices("EKFAC", selection)
-        objective.needed_likelihood()
-        self.source = _Corrected(FromData(objective, cotangents, approx, fallback))
-        watch = cotangents.operator(objective)
-        blocks: list[Deferred] = []
-        for i, name in enumerate(selection.names):
-            guess = expected(objective.model, selection, fallback)[i]
-            guess = guess if guess.kind is Diagonal else Expected(Eigen, str(selection.sizes[i]))
-
-            def build(i: int = i, name: str = name) -> LinearOperator:
-                operator = self.source.operators()[i]
-                blocks[i].note = self.source.factors.note(name)
-                return operator
-
-            blocks.append(deferred(build, guess, selection, name, watch))
-        BlockDiagonal.__init__(self, *blocks, layout=objective.layout)
-
-    def release(self) -> None:
-        super().release()
-        self.source.forget()
+    def _guess(self, guess: Expected) -> Expected:
+        if guess.kind is Diagonal:
+            return guess
+        if guess.kind is Permuted:
+            return Expected(Permuted, f"Eigen({guess.size})", guess.size)
+        return Expected(Eigen, guess.size, guess.size)
 
 
 class _Basis:
@@ -109,6 +62,12 @@ class _Basis:
         m = 1 if second is None else second.shape[-1]
         self.squares = SquareSum(n * m, first)
         self._inputs: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> _Basis | None:
+        """Of a unit's factors; None where it has none."""
+        factored = statistics.exact is None and bool(statistics.pairs)
+        return cls(*combined(list(statistics.pairs.values()))) if factored else None
 
     def add(self, factors: Factors) -> None:
         """Squares of the gradients of some examples along some columns, in the basis."""
@@ -160,41 +119,42 @@ class _Basis:
 class _Corrected:
     """Eigenvectors from a pass of KFAC, eigenvalues from a second one; kept until forgotten."""
 
-    def __init__(self, factors: FromData) -> None:
-        self.factors = factors
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
         self._lock = threading.Lock()
-        self._found: list[LinearOperator] | None = None
+        self._found: list[list[LinearOperator]] | None = None
 
-    def operators(self) -> list[LinearOperator]:
+    def operators(self, number: int) -> list[LinearOperator]:
         with self._lock:
             if self._found is None:
                 self._found = self._computed()
-        return self._found
+        return self._found[number]
 
     def forget(self) -> None:
         self._found = None
-        self.factors.forget()
+        self.sums.forget()
 
-    def _computed(self) -> list[LinearOperator]:
-        selection = self.factors.objective.selection
-        statistics = self.factors.statistics()
-        bases = [_Basis(*combined(list(s.pairs.values()))) if _is_factored(s) else None for s in statistics]
+    def note(self, number: int) -> str | None:
+        return self.sums.note(number)
+
+    def _computed(self) -> list[list[LinearOperator]]:
+        statistics = self.sums.statistics()
+        parts = self.sums.parts()
+        bases = [[_Basis.of(one) for one in group] for group in statistics]
         with torch.no_grad():
-            for step in LayerPass(self.factors.objective, self.factors.cotangents):
-                for basis, factors in zip(bases, step.factors, strict=True):
-                    if basis is not None and factors is not None:
-                        basis.add(factors)
-                    if basis is not None and step.last:
-                        basis.squares.flush()
-        self.factors.forget()
-        like = selection.tensors[0].detach()
+            for step in LayerPass(self.sums.objective, self.sums.cotangents):
+                for units, group in zip(parts, bases, strict=True):
+                    for unit, basis in zip(units, group, strict=True):
+                        factors = None if basis is None else unit.of(step.factors)
+                        if basis is not None and factors is not None:
+                            basis.add(factors)
+                        if basis is not None and step.last:
+                            basis.squares.flush()
+        self.sums.forget()
         return [
-            s.operator(like) if basis is None else basis.operator() for s, basis in zip(statistics, bases, strict=True)
+            [s.operator() if b is None else s.placed(b.operator()) for s, b in zip(group, found, strict=True)]
+            for group, found in zip(statistics, bases, strict=True)
         ]
-
-
-def _is_factored(statistics: Statistics) -> bool:
-    return statistics.exact is None and bool(statistics.pairs)
 
 
 def _turned(t: Tensor, Q: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from curvops.curvature.structured.statistics import Fallback
+from curvops.curvature.structured.units import Unit
 from curvops.nets.parameters import ParameterSelection, unwrap
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -18,6 +19,7 @@ from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.formula import times_text
 from curvops.operators.kronecker import Kronecker
+from curvops.operators.permuted import Permuted
 
 _NORMS = (
     nn.LayerNorm,
@@ -29,32 +31,43 @@ _NORMS = (
 
 
 class Expected(NamedTuple):
-    """Class of the block, and what `repr` prints in its brackets."""
+    """Class of the block, what `repr` prints in its brackets, and the block's size as text."""
 
     kind: type[LinearOperator]
     label: str
+    size: str
 
 
-def expected(model: nn.Module, selection: ParameterSelection, fallback: Fallback = "diag") -> list[Expected]:
-    """The blocks that KFAC will probably have, one per parameter."""
-    owners = [unwrap(model).get_submodule(name.rpartition(".")[0]) for name in selection.names]
-    return [_expected(owner, shape, fallback) for owner, shape in zip(owners, selection.shapes, strict=True)]
+def expected(model: nn.Module, selection: ParameterSelection, units: list[Unit], fallback: Fallback) -> list[Expected]:
+    """The blocks that KFAC will probably have, one per unit."""
+    guesses = []
+    for unit in units:
+        i = unit.positions[0]
+        owner = unwrap(model).get_submodule(selection.names[i].rpartition(".")[0])
+        shape = selection.shapes[i]
+        if unit.is_joint:
+            shape = torch.Size((shape[0], shape[1:].numel() + 1))
+        kind, label = _expected(owner, shape, fallback)
+        if unit.is_joint:
+            kind, label = Permuted, f"{kind.__name__}({label})"
+        guesses.append(Expected(kind, label, times_text([unit.size])))
+    return guesses
 
 
-def _expected(owner: nn.Module, shape: torch.Size, fallback: Fallback) -> Expected:
-    exact = Expected(Dense if fallback == "full" else Diagonal, times_text([shape.numel()]))
+def _expected(owner: nn.Module, shape: torch.Size, fallback: Fallback) -> tuple[type[LinearOperator], str]:
+    exact = Dense if fallback == "full" else Diagonal, times_text([shape.numel()])
     if isinstance(owner, _NORMS):
         return exact
     if len(shape) == 1:
-        return Expected(Dense, times_text(shape))
+        return Dense, times_text(shape)
     if isinstance(owner, nn.modules.conv._ConvNd):
         kernel = shape[2:].numel()
         sides = (shape[0], shape[1] * kernel)
         if owner.groups == 1:
-            return Expected(Kronecker, times_text(sides))
+            return Kronecker, times_text(sides)
         inner = (shape[0] // owner.groups, shape[1] * kernel)
-        return Expected(BlockDiagonal, f"{owner.groups}: Kronecker({times_text(inner)}), ...")
-    return Expected(Kronecker, times_text(shape)) if len(shape) == 2 else exact
+        return BlockDiagonal, f"{owner.groups}: Kronecker({times_text(inner)}), ..."
+    return (Kronecker, times_text(shape)) if len(shape) == 2 else exact
 
 
 def module_of(model: nn.Module, name: str) -> str:

@@ -10,7 +10,7 @@ and the block is B ⊗ A, of the scale of a sum over the data. Positions whose t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.kronecker import Kronecker
+from curvops.operators.permuted import Permuted
 
 _PANEL = 64
 """Columns of a panel of a symmetric product."""
@@ -69,29 +70,36 @@ class Pair:
         return (A, self.B) if self.flipped and A is not None else (self.B, A)
 
 
+Order = Callable[[bool], Tensor | None]
+"""Whether the parameter is (inputs, outputs) → where each of its entries lies in the block; None for the same place."""
+
+
 class Statistics:
-    """The sums of one parameter: factor pairs by kind of use, or an exact diagonal or dense block."""
+    """The sums of one parameter, or of a weight and its bias: factor pairs by kind of use, or an exact block.
 
-    def __init__(
-        self, size: int, pairs: dict[object, Pair] | None = None, exact: Tensor | None = None, approx: Approx = "expand"
-    ) -> None:
-        self.size, self.exact = size, exact
-        self.pairs: dict[object, Pair] = {} if pairs is None else pairs
+    Args:
+        size: Entries.
+        like: A tensor of the dtype and on the device of the block.
+        approx: What a term of the factors is.
+        order: Where the entries of the block lie.
+    """
+
+    def __init__(self, size: int, like: Tensor, approx: Approx = "expand", order: Order = lambda flipped: None) -> None:
+        self.size, self.order = size, order
+        self.like = like.detach()
         self.approx: Approx = approx
+        self.pairs: dict[object, Pair] = {}
+        self.exact: Tensor | None = None
 
-    def add(self, factors: Factors, active: Tensor, first: bool, fallback: Fallback, moments: Moments) -> None:
+    def add(self, factors: Factors, active: Tensor, first: bool, moments: Moments) -> None:
         """Some columns of some examples.
 
         Args:
-            factors: Of the parameter.
+            factors: Of the parameter; `has_pairs` of them.
             active: `(B,)` or `(B, T)`, what counts.
             first: Whether the examples come for the first time, so that their inputs count.
-            fallback: What to do where there are no factors.
             moments: What other parameters of the same columns have computed.
         """
-        if not has_pairs(factors):
-            self._add_exact(factors, fallback)
-            return
         for part in factors.parts:
             key, pair = _pair(part, active, self.approx, first, moments)
             if key not in self.pairs:
@@ -100,10 +108,20 @@ class Statistics:
             else:
                 _accumulate(self.pairs[key], pair)
 
+    def add_exact(self, factors: Factors, fallback: Fallback) -> None:
+        """Some columns of some examples, to the exact block: its diagonal, or for "full" all of it."""
+        new = block(factors, factors) if fallback == "full" else factors.squares()
+        self.exact = new if self.exact is None else self.exact + new
+
     def plus(self, other: Statistics) -> Statistics:
         """Sums of the sums: the statistics of both data sets."""
         if self.size != other.size or self.approx != other.approx:
             raise ShapeError("merge: other parameters, or another approx; build both with the same options.")
+        if (self.exact is not None and other.pairs) or (other.exact is not None and self.pairs):
+            raise ShapeError(
+                "merge: a parameter has factors in one of the two, and an exact block in the other, where the forward "
+                "uses it in another way; build one KFAC over all the data."
+            )
         keys = {**self.pairs, **other.pairs}
         pairs = {
             key: self.pairs[key].plus(other.pairs[key])
@@ -115,7 +133,7 @@ class Statistics:
             exact = self.exact if other.exact is None else other.exact
         else:
             exact = self.exact + other.exact
-        return Statistics(self.size, pairs, exact, self.approx)
+        return self._with(pairs, exact)
 
     def averaged(self, share: float) -> Statistics:
         """With every A an average times `share`, so that the factors of mini-batches add up (design §4 on N)."""
@@ -123,19 +141,25 @@ class Statistics:
         for key, pair in self.pairs.items():
             A = pair.average()
             pairs[key] = Pair(pair.flipped, None if A is None else A * share, pair.B, None)
-        return Statistics(self.size, pairs, self.exact, self.approx)
+        return self._with(pairs, self.exact)
 
-    def operator(self, like: Tensor) -> LinearOperator:
-        """The parameter's block. A parameter that the outputs do not depend on has a zero diagonal."""
+    def operator(self) -> LinearOperator:
+        """The block. A parameter that the outputs do not depend on has a zero diagonal."""
         if self.exact is not None:
             return Diagonal(self.exact) if self.exact.dim() == 1 else Dense(self.exact, is_psd=True)
         if not self.pairs:
-            return Diagonal(like.new_zeros(self.size))
-        return kronecker(*combined(list(self.pairs.values())))
+            return Diagonal(self.like.new_zeros(self.size))
+        return self.placed(kronecker(*combined(list(self.pairs.values()))))
 
-    def _add_exact(self, factors: Factors, fallback: Fallback) -> None:
-        new = block(factors, factors) if fallback == "full" else factors.squares()
-        self.exact = new if self.exact is None else self.exact + new
+    def placed(self, natural: LinearOperator) -> LinearOperator:
+        """A block in the order of the factors, in the order of the parameters."""
+        order = self.order(any(pair.flipped for pair in self.pairs.values()))
+        return natural if order is None else Permuted(natural, order)
+
+    def _with(self, pairs: dict[object, Pair], exact: Tensor | None) -> Statistics:
+        result = Statistics(self.size, self.like, self.approx, self.order)
+        result.pairs, result.exact = pairs, exact
+        return result
 
 
 def has_pairs(factors: Factors) -> bool:

@@ -1,0 +1,207 @@
+"""Structured curvatures of batches that the forward treats differently: nothing left out, nothing counted twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from untouched import untouched
+
+from curvops.curvature.structured import EKFAC, KFAC, BlockGGN, DiagonalGGN
+from curvops.errors import CurvopsError, ShapeError
+from curvops.testing.problems import problem
+
+
+def check(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert reference.relative_error(got, expected) < tolerance
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+    return model.double()
+
+
+class Pooled(nn.Module):
+    """Sequences of any length, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)).mean(1))
+
+
+class UntilDone(nn.Module):
+    """A cell called as often as the batch's longest example needs; finished examples keep their state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, steps = x[:, :3], x[:, 3].round()
+        for t in range(int(steps.max())):
+            h = torch.where((t < steps)[:, None], torch.tanh(self.cell(h)), h)
+        return self.head(h)
+
+
+class Branching(nn.Module):
+    """A weight that is a factor of a product in most batches, and something that no rule knows in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.zeros(3, 3)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 3:  # a batch of another kind
+            return self.head(x[:, :3] @ torch.exp(self.weight))
+        return self.head(torch.tanh(x @ self.weight))
+
+
+def sequences(*lengths: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(3, T, 4, generator=g, dtype=torch.float64), torch.randint(2, (3,), generator=g)) for T in lengths
+    ]
+
+
+def stepped(*steps: list[int]) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(2)
+    batches = []
+    for each in steps:
+        x = torch.randn(len(each), 4, generator=g, dtype=torch.float64)
+        x[:, 3] = torch.tensor(each)
+        batches.append((x, torch.randint(2, (len(each),), generator=g)))
+    return batches
+
+
+def widths(*each: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randn(4, n, generator=g, dtype=torch.float64), torch.randint(2, (4,), generator=g)) for n in each]
+
+
+CASES = [
+    (Pooled, sequences(5, 7, 2, 5)),
+    (UntilDone, stepped([1, 2, 1, 1, 2], [1, 1, 1, 4, 1, 1, 1, 1], [3, 3])),
+]
+
+
+@pytest.mark.parametrize(("build", "batches"), CASES, ids=["lengths", "calls"])
+class TestDifferentBatches:
+    def exact(self, model: nn.Module, batches: Any) -> Tensor:
+        return sum(reference.ggn(model, reference.nll("classification"), *batch) for batch in batches)  # type: ignore
+
+    def test_exact_curvatures(self, build, batches):
+        model = drawn(build())
+        exact = self.exact(model, batches)
+        D = DiagonalGGN(model, "classification", batches)
+        check(D.diagonal(), exact.diagonal())
+        assert "per-example" not in repr(D)
+        blocks = BlockGGN(model, "classification", batches)
+        check(blocks.to_dense(), torch.block_diag(*(b.to_dense() for b in blocks.blocks)))
+        for where, block in zip(blocks.layout.values(), blocks.blocks, strict=True):
+            check(block.to_dense(), exact[where, where])
+
+    @pytest.mark.parametrize("weight_and_bias", ["separate", "joint"])
+    def test_factors_of_all_batches_enter(self, build, batches, weight_and_bias):
+        model = drawn(build())
+        options = {"weight_and_bias": weight_and_bias}
+        whole = KFAC(model, "classification", batches, **options)
+        merged = KFAC(model, "classification", batches[0], **options)
+        for batch in batches[1:]:
+            merged = merged.merge(KFAC(model, "classification", batch, **options))
+        check(whole.to_dense(), merged.to_dense())
+        assert "per-example" not in repr(whole)
+        exact = self.exact(model, batches)
+        E = EKFAC(model, "classification", batches, **options)
+        ends = torch.tensor([0, *E.sizes]).cumsum(0).tolist()
+        target = torch.block_diag(*(exact[a:b, a:b] for a, b in zip(ends, ends[1:], strict=False)))
+        assert (E.to_dense() - target).norm() <= (whole.to_dense() - target).norm()
+
+
+class TestAParameterOfTwoUses:
+    @pytest.mark.parametrize("order", [(3, 4), (4, 3), (3, 3, 4, 3)])
+    def test_exact_in_all_batches_where_it_has_no_factors_in_one(self, order):
+        model, batches = drawn(Branching()), widths(*order)
+        exact = sum(reference.ggn(model, reference.nll("classification"), *batch) for batch in batches)
+        for kind in (KFAC, EKFAC):
+            with untouched(model):
+                K = kind(model, "classification", batches)
+                check(K.blocks[0].to_dense(), exact[:9, :9].diagonal().diag())
+            full = kind(model, "classification", batches, fallback="full")
+            check(full.blocks[0].to_dense(), exact[:9, :9])
+
+    def test_merge_refuses_to_mix_them(self):
+        model = drawn(Branching())
+        one, two = (KFAC(model, "classification", batch) for batch in widths(3, 4))
+        with pytest.raises(ShapeError, match="one KFAC over all the data"):
+            one.merge(two).to_dense()
+
+
+def test_a_small_budget_makes_many_chunks_and_the_same_numbers(monkeypatch):
+    from curvops.nets.capture import Capture
+
+    p = problem("conv2d")
+    x, y = (torch.cat([t] * 16) for t in p.data())
+    seen: list[tuple[int, int]] = []
+    factors = Capture.factors
+    monkeypatch.setattr(Capture, "factors", lambda self, U: seen.append((len(U), U.shape[-1])) or factors(self, U))
+    for kind in (DiagonalGGN, KFAC, EKFAC, BlockGGN):
+        seen.clear()
+        whole = kind(p.model(), p.loss(), (x, y)).to_dense()
+        assert len(seen) <= 2
+        few, most = len(seen), max(n for n, _ in seen)
+        seen.clear()
+        small = kind(p.model(), p.loss(), (x, y), memory_budget=20_000).to_dense()
+        assert len(seen) >= 8 * few
+        assert max(n for n, _ in seen) <= most / 4
+        check(small, whole)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Offset(nn.Module):
+    """Mixes the batch in its own forward, between two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.b(h / h.std(0))
+
+
+MIXING = [
+    (lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), Centred()), nn.Linear(3, 2)),
+     r"module '1.1' \(Centred\)"),
+    (Offset, r"module '\(the model itself\)' \(Offset\)"),
+    (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train(), r"module '1' \(BatchNorm1d\) is in train mode"),
+    (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
+     r"module '1' \(BatchNorm1d\) has no running statistics"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "words"), MIXING)
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, DiagonalGGN, BlockGGN])
+def test_what_mixes_examples_is_named(kind, build, words):
+    model = build()
+    drawn(model).train(model.training) if "train mode" in words else drawn(model).eval()
+    handle = model[0].register_forward_hook(lambda *_: None) if isinstance(model, nn.Sequential) else None
+    data = (torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(6) % 2)
+    with untouched(model), pytest.raises(CurvopsError, match=words):
+        kind(model, "classification", data).to_dense()
+    if handle is not None:
+        handle.remove()
