@@ -6,8 +6,9 @@ log p(D) ≈ −loss − log_normaliser − ½ (μ−μ₀)ᵀ D (μ−μ₀) + 
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvops.curvature.matrixfree.crossgram import functional_covariance
 from curvops.curvature.matrixfree.jacobian import Jacobian
 from curvops.errors import NumericalWarning, ShapeError
-from curvops.linalg.results import EstimateReport
+from curvops.linalg.results import EstimateReport, Report, SolveReport
 from curvops.operators.arithmetic import Sum
 from curvops.operators.base import LinearOperator, Scalar, verb
 from curvops.operators.diagonal import damping, diagonal_of
-from curvops.operators.functionspace import function_space
+from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.lowrank import LowRank
 from curvops.operators.methods import Method
 from curvops.operators.routes import sample
@@ -130,17 +132,24 @@ class Gaussian:
 
     # ---------------------------------------------------------------- predictive
 
-    def predictive(self, J: Jacobian, samples: int | None = None) -> tuple[Tensor, Tensor]:
+    @verb
+    def predictive(
+        self, J: Jacobian, samples: int | None = None, *, joint: bool = False, return_report: bool = False
+    ) -> Any:
         """Mean `(N, C)` and covariance `(N, C, C)` of the linearised network's outputs, without observation noise.
 
         Args:
             J: `Jacobian(model, data)` at the mean; over its data the outputs are predicted.
             samples: Estimate the covariance from so many draws instead of solving for it.
+            joint: The covariance between all outputs of all data, `(N·C, N·C)`, rows in the order of the data.
+            return_report: Return `(mean, covariance, report)`: a `SolveReport` where solves were iterated.
 
         For sequences the outputs of a datum are its T·C entries: `(N, T, C)` and `(N, T·C, T·C)`. Never an N x C x P
         tensor: rows of J come in chunks that fit into the memory budget.
 
-        Cost: N·C solves, on one factorisation where there is one; with `samples`, that many draws and products.
+        Cost: in function space one factorisation and, where the layers give inner products of gradients, no vector of
+            P entries; otherwise N·C solves, on one factorisation where there is one; with `samples`, that many draws
+            and products.
         """
         if not isinstance(J, Jacobian):
             raise ShapeError(f"predictive: got {type(J).__name__}, expected a Jacobian(model, data).")
@@ -148,17 +157,29 @@ class Gaussian:
             raise ShapeError(f"predictive: {J!r} has {J.shape[1]} columns, expected {self.precision.shape[0]}.")
         mean = J.outputs
         if samples is not None:
-            deviations, _ = self._deviations(samples, None)
-            F = (J @ deviations).reshape(mean.shape[0], -1, samples)
-            return mean, F @ F.transpose(1, 2) / samples
-        solve = self._solver(mean.numel())
-        blocks = []
-        for rows in J.row_blocks():
-            count, event, size = rows.shape
-            Z = solve(rows.reshape(-1, size).T)
-            blocks.append(torch.einsum("brp,pbs->brs", rows, Z.reshape(size, count, event)))
-        covariance = torch.cat(blocks)
-        return mean, (covariance + covariance.transpose(1, 2)) / 2
+            covariance, report = self._sampled_covariance(J, len(mean), samples, joint)
+        else:
+            with torch.no_grad():
+                covariance, report = self._solved_covariance(J, mean.numel(), joint)
+        return (mean, covariance, report) if return_report else (mean, covariance)
+
+    @verb
+    def functional_covariance(self, rows: Float[Tensor, "*n P"], *, return_report: bool = False) -> Any:
+        """`R A⁻¹ Rᵀ` of given rows R, `(n, P)` → `(n, n)` or `(b, n, P)` → `(b, n, n)`; differentiable.
+
+        Args:
+            rows: Such as Jacobians of a few data.
+            return_report: Return `(covariance, report)`.
+        """
+        size = self.precision.shape[0]
+        if not isinstance(rows, Tensor) or rows.dim() not in (2, 3) or rows.shape[-1] != size:
+            given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ShapeError(f"functional_covariance: got rows {given}, expected (n, {size}) or (b, n, {size}).")
+        columns = rows.reshape(-1, size).T
+        Z, report = self._solver(max(2, columns.shape[1]), self._dual())(columns)
+        covariance = rows @ Z.T.reshape(rows.shape).transpose(-1, -2)
+        covariance = (covariance + covariance.transpose(-1, -2)) / 2
+        return (covariance, report) if return_report else covariance
 
     # ---------------------------------------------------------------- inside
 
@@ -172,19 +193,51 @@ class Gaussian:
         with torch.no_grad():
             return sample.plan(self.precision, method).run(noise)
 
-    def _solver(self, columns: int) -> Any:
+    def _sampled_covariance(self, J: Jacobian, count: int, samples: int, joint: bool) -> tuple[Tensor, Report]:
+        deviations, report = self._deviations(samples, None)
+        F = J @ deviations
+        F = F if joint else F.reshape(count, -1, samples)
+        return F @ F.transpose(-1, -2) / samples, report
+
+    def _solved_covariance(self, J: Jacobian, columns: int, joint: bool) -> tuple[Tensor, Report]:
+        began, A = time.perf_counter(), self.precision
+        dual = self._dual()
+        covariance = None if dual is None else functional_covariance(J, dual, joint=joint)
+        if dual is not None and covariance is not None:
+            name, reason = dual.algorithm("solve"), f"n = {dual.rows:,} < P = {A.shape[0]:,}; inner products by layers"
+            report: Report = Report(algorithm=name, reason=reason)
+        else:
+            solve = self._solver(columns, dual)
+            blocks, reports = [], []
+            for rows in J.row_blocks():
+                count, event, size = rows.shape
+                Z, found = solve(rows.reshape(-1, size).T)
+                reports.append(found)
+                blocks.append(J @ Z if joint else torch.einsum("brp,pbs->brs", rows, Z.reshape(size, count, event)))
+            covariance, report = torch.cat(blocks, 1 if joint else 0), _worst(reports)
+        covariance = (covariance + covariance.transpose(-1, -2)) / 2
+        return covariance, replace(report, seconds=time.perf_counter() - began)
+
+    def _dual(self) -> FunctionSpaceForm | None:
+        """The precision in function space, where that is the road."""
+        A = self.precision
+        dual = function_space(A, must=False) if not A._holds_tensors() else None
+        return dual if dual is not None and dual.is_affordable() and dual.rows < A.shape[0] else None
+
+    def _solver(self, columns: int, dual: FunctionSpaceForm | None) -> Callable[[Tensor], tuple[Tensor, Report]]:
         """`B → A⁻¹ B`, factorised once where that is cheaper than solving afresh for each block."""
         A = self.precision
-        if A._exact("solve"):
-            return A._solve
-        dual = function_space(A, must=False) if not A._holds_tensors() else None
-        if dual is not None and dual.is_affordable() and dual.rows < A.shape[0]:
-            return dual.solve
+        closed_form = A._exact("solve")
+        if closed_form:
+            return lambda B: (A._solve(B), Report(algorithm=closed_form))
+        if dual is not None:
+            return lambda B: (dual.solve(B), Report(algorithm=dual.algorithm("solve")))
         if dense_is_affordable(A) and columns > 1:
             from curvops.operators.dense import Dense
 
-            return Dense(A.to_dense(), is_symmetric=True)._solve
-        return A.solve
+            copy = Dense(A.to_dense(), is_symmetric=True)
+            return lambda B: (copy._solve(B), Report(algorithm="dense Cholesky"))
+        return lambda B: A.solve(B, return_report=True)
 
     def _watched(self) -> Iterator[LinearOperator]:
         return self.precision._watched()
@@ -194,6 +247,20 @@ def _fresh_generator() -> torch.Generator:
     generator = torch.Generator()
     generator.seed()
     return generator
+
+
+def _worst(reports: Sequence[Report]) -> Report:
+    """One report for all blocks: the residuals of every column, products and iterations added up."""
+    last = reports[-1]
+    if not isinstance(last, SolveReport):
+        return last
+    solves = [report for report in reports if isinstance(report, SolveReport)]
+    return replace(
+        last,
+        residual=torch.cat([report.residual.reshape(-1) for report in solves]),
+        iterations=max(report.iterations for report in solves),
+        matvecs=sum(report.matvecs for report in solves),
+    )
 
 
 def _halved(report: EstimateReport, value: Tensor, factor: float) -> EstimateReport:

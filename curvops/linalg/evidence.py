@@ -12,6 +12,7 @@ from scipy import optimize
 from torch import Tensor
 
 from curvops.errors import DataError, ShapeError
+from curvops.linalg import quadrature
 from curvops.linalg.growth import student
 from curvops.linalg.results import EstimateReport
 
@@ -56,7 +57,8 @@ def curve(
     total, squared = _penalty(s, loss, mean, prior_mean)
     points = _positive(torch.as_tensor(deltas, dtype=torch.float64, device="cpu").flatten().cpu())
     low, high = _values(s, points, total, squared)
-    known = -total - 0.5 * points * squared + 0.5 * s.size * points.log()
+    zeros = torch.tensor([s._at_zeros(quadrature.log(float(d))) for d in points], dtype=torch.float64, device="cpu")
+    known = -total - 0.5 * points * squared + 0.5 * s.size * points.log() - 0.5 * zeros
     energy = torch.stack([s.rules.gauss.apply(lambda x, d=d: 0.25 * torch.log(x + d).square()) for d in points], dim=1)
     return s._report(low, high, "log evidence", energy=energy, known=known)
 
@@ -105,7 +107,7 @@ def optimum(
     at = _argmax(s, total, squared, span, even, 0.5)
     ends = sorted(_argmax(s, total, squared, span, even, side) for side in (0.0, 1.0))
     ends = [min(ends[0], at), max(ends[1], at)]
-    stderr = math.inf
+    stderr = 0.0 if s.is_exact else math.inf
     if m > 1:
         left_out = []
         for i in range(m):
@@ -119,6 +121,8 @@ def optimum(
     interior = math.log(span[0]) + 1e-4 < at < math.log(span[1]) - 1e-4
     base = s.logdet(delta)
     reason = f"Evidence maximal at log δ = {at:.4g} ± {noise:.2g} (jackknife over {m} probes)."
+    if s.is_exact:
+        reason = f"Evidence maximal at log δ = {at:.4g}, from the eigenvalues."
     if not interior:
         reason = f"The evidence is maximal at the end δ = {delta:.3g} of the bounds {span}; widen them."
     return replace(

@@ -18,7 +18,7 @@ from curvops.linalg import evidence, quadrature
 from curvops.linalg.growth import sample_variance, student
 from curvops.linalg.lanczos import lanczos
 from curvops.linalg.probes import derive_seed, rademacher, resolve_seed
-from curvops.linalg.quadrature import Rules, SpectralFunction
+from curvops.linalg.quadrature import Rule, Rules, SpectralFunction
 from curvops.linalg.results import EstimateReport
 from curvops.typing import Matmat
 
@@ -40,6 +40,8 @@ class Spectrum:
         steps: Lanczos steps per probe.
         seed: Seed of the probes; None where a generator was given.
         seconds: Time spent.
+        zeros: Eigenvalues known to be 0 and left out of the rules: P − n where they are of a Gram matrix n x n.
+        is_exact: Whether the nodes are the eigenvalues themselves, so that nothing is estimated.
     """
 
     rules: Rules
@@ -49,21 +51,23 @@ class Spectrum:
     steps: int
     seed: int | None = None
     seconds: float = 0.0
+    zeros: int = 0
+    is_exact: bool = False
 
     @property
     def nodes(self) -> Float[Tensor, "m k"]:
-        """`(m, k)` Ritz values of each probe, ascending."""
-        return self.rules.gauss.nodes
+        """`(m, k)` Ritz values of each probe, ascending; with one at 0 for the known zeros."""
+        return self._atoms()[0]
 
     @property
     def weights(self) -> Float[Tensor, "m k"]:
         """`(m, k)` weights; each row sums to P."""
-        return self.rules.gauss.weights
+        return self._atoms()[1]
 
     @property
     def probes(self) -> int:
         """m."""
-        return self.nodes.shape[0]
+        return self.rules.gauss.nodes.shape[0]
 
     def logdet(self, delta: float = 0.0) -> EstimateReport:
         """log det(H + δI), nats.
@@ -114,7 +118,10 @@ class Spectrum:
         least = (above[0] - below[1]).clamp(min=0)[:, 0]
         most = (above[1] - below[0]).clamp(min=0)[:, 0]
         # An indicator is its own square.
-        return self._report(least, most, f"eigenvalues in [{low:g}, {high:g}]", energy=(least + most) / 2)
+        energy, known = (least + most) / 2, self.zeros * float(low <= 0 <= high)
+        return self._report(
+            least + known, most + known, f"eigenvalues in [{low:g}, {high:g}]", energy=energy, known=known
+        )
 
     def density(
         self, grid: Float[Tensor, " g"] | Sequence[float], log: bool = False, width: float | None = None
@@ -140,9 +147,9 @@ class Spectrum:
         centres = axis(points)
         if width is None:
             spread = float(centres.max() - centres.min()) or 1.0
-            inside = axis(self.nodes)
+            inside = axis(self.rules.gauss.nodes)
             inside = inside.clamp(float(centres.min()), float(centres.max()))
-            width = max(spread / 50, 3 * float((inside[:, -1] - inside[:, 0]).mean()) / self.nodes.shape[1])
+            width = max(spread / 50, 3 * float((inside[:, -1] - inside[:, 0]).mean()) / inside.shape[1])
         if not width > 0:
             raise ValueError(f"density expects width > 0, got {width}.")
         normal = torch.distributions.Normal(0.0, 1.0)
@@ -151,18 +158,20 @@ class Spectrum:
             """`(m, g, k)` values of the Gaussian about every grid point."""
             return torch.exp(normal.log_prob((axis(x)[:, None, :] - centres[None, :, None]) / width)) / width
 
-        value = (kernel(self.nodes) * self.weights[:, None, :]).sum(2)
+        nodes, weights = self.rules.gauss.nodes, self.rules.gauss.weights
+        value = (kernel(nodes) * weights[:, None, :]).sum(2)
         # ∫K dμ = −∫K′F: where K rises a larger F takes away, where it falls a larger F adds.
         # Between two nodes F is off by no more than the larger of their weights.
         pad = torch.nn.functional.pad
-        bounds = pad(pad(self.nodes, (1, 0), value=-math.inf), (0, 1), value=math.inf)
-        at = pad(kernel(self.nodes), (1, 1))
+        bounds = pad(pad(nodes, (1, 0), value=-math.inf), (0, 1), value=math.inf)
+        at = pad(kernel(nodes), (1, 1))
         turn = torch.minimum(bounds[:, None, 1:], torch.maximum(bounds[:, None, :-1], points[None, :, None]))
         peak = torch.exp(normal.log_prob((axis(turn) - centres[None, :, None]) / width)) / width
         variation = (peak - at[:, :, :-1]).abs() + (peak - at[:, :, 1:]).abs()
-        heavy = torch.maximum(pad(self.weights, (1, 0)), pad(self.weights, (0, 1)))
+        heavy = torch.maximum(pad(weights, (1, 0)), pad(weights, (0, 1)))
         error = (variation * heavy[:, None, :]).sum(2)
         error[self.rules.exact] = 0
+        value = value + self.zeros * kernel(nodes.new_zeros(1, 1))[..., 0]
         report = self._report((value - error).clamp(min=0), value + error, "spectral density", centre=value)
         return replace(report, reason=f"{report.reason} Gaussian of width {width:.3g}.")
 
@@ -202,14 +211,27 @@ class Spectrum:
         """`(m, d)` lower and upper bounds of each probe's value of log det(H + δI)."""
         shifts = [self._definite_shift(float(d), "logdet") for d in deltas]
         pairs = [quadrature.bracket(self.rules, quadrature.log(shift)) for shift in shifts]
-        return torch.stack([p[0] for p in pairs], dim=1), torch.stack([p[1] for p in pairs], dim=1)
+        known = torch.tensor([self._at_zeros(quadrature.log(shift)) for shift in shifts], dtype=torch.float64)
+        return torch.stack([p[0] for p in pairs], dim=1) + known, torch.stack([p[1] for p in pairs], dim=1) + known
+
+    def _atoms(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights, the known zeros among them."""
+        nodes, weights = self.rules.gauss.nodes, self.rules.gauss.weights
+        if not self.zeros:
+            return nodes, weights
+        nodes, order = torch.nn.functional.pad(nodes, (1, 0)).sort(1)
+        return nodes, torch.nn.functional.pad(weights, (1, 0), value=float(self.zeros)).gather(1, order)
+
+    def _at_zeros(self, f: Callable[[Tensor], Tensor]) -> float:
+        """The known zeros' part of tr f(H)."""
+        return self.zeros * float(f(torch.zeros(1, dtype=torch.float64, device="cpu"))) if self.zeros else 0.0
 
     def _distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`(m, x)` bounds of each probe's μ((−∞, x]), up to rounding at the nodes."""
-        sums = self.weights.cumsum(1)
+        """`(m, x)` bounds of each probe's μ((−∞, x]) without the known zeros, up to rounding at the nodes."""
+        sums = self.rules.gauss.weights.cumsum(1)
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)
         eta = self.rules.rounding[:, None]
-        nodes = self.nodes.contiguous()
+        nodes = self.rules.gauss.nodes.contiguous()
         # Nodes surely at or below x count in full, save the last of them; the next one above may count too.
         surely = torch.searchsorted(nodes, (x[None, :] - eta).contiguous(), right=True)
         maybe = torch.searchsorted(nodes, (x[None, :] + eta).contiguous(), right=True)
@@ -248,7 +270,8 @@ class Spectrum:
 
     def _trace(self, f: SpectralFunction, what: str) -> EstimateReport:
         low, high = quadrature.bracket(self.rules, f)
-        return self._report(low, high, what, energy=self.rules.gauss.apply(lambda x: f(x).square()))
+        energy, known = self.rules.gauss.apply(lambda x: f(x).square()), self._at_zeros(f)
+        return self._report(low + known, high + known, what, energy=energy, known=known)
 
     def _report(
         self,
@@ -273,11 +296,11 @@ class Spectrum:
         m = self.probes
         middle = (low + high) / 2 if centre is None else centre
         value, bottom, top = middle.mean(0), low.mean(0), high.mean(0)
-        stderr = torch.full_like(value, math.inf)
+        stderr = torch.full_like(value, 0.0 if self.is_exact else math.inf)
         if m > 1:
             variance = middle.var(0)
             if energy is not None:
-                variance = sample_variance(variance, value - known, energy.mean(0), m, self.size)
+                variance = sample_variance(variance, value - known, energy.mean(0), m, self.size - self.zeros)
             stderr = (variance / m).sqrt()
         noise = torch.where(stderr > 0, student(m) * stderr, torch.zeros_like(stderr))
         bracket = torch.maximum(top - value, value - bottom)
@@ -286,15 +309,18 @@ class Spectrum:
         def plain(x: Tensor) -> Any:
             return float(x) if x.ndim == 0 else x
 
+        source = f"{m} probes of {self.steps} steps ({self.matvecs} products in all). {part} dominates."
+        if self.is_exact:
+            source = f"{self.size - self.zeros:,} eigenvalues{f' and {self.zeros:,} zeros' if self.zeros else ''}."
         return EstimateReport(
-            algorithm="Lanczos quadrature of the spectrum",
+            algorithm="eigenvalues" if self.is_exact else "Lanczos quadrature of the spectrum",
             matvecs=0,
-            reason=f"{what} from {m} probes of {self.steps} steps ({self.matvecs} products in all). {part} dominates.",
+            reason=f"{what} from {source}",
             value=plain(value),
             stderr=plain(stderr),
             bracket=(plain(bottom), plain(top)),
             half_width=plain(noise + bracket),
-            probes=m,
+            probes=0 if self.is_exact else m,
             steps=self.steps,
             seed=self.seed,
         )
@@ -312,6 +338,7 @@ def spectrum(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    zeros: int = 0,
 ) -> Spectrum:
     """Run Lanczos from `probes` Rademacher vectors and keep its quadrature rules.
 
@@ -326,6 +353,7 @@ def spectrum(
         dtype: Type in which the matrix multiplies.
         device: Device on which the matrix multiplies.
         progress: Show a progress bar.
+        zeros: Eigenvalues 0 that the matrix of the spectrum has besides this one's.
 
     Raises:
         ShapeError: `probes` or `steps` < 1.
@@ -346,4 +374,26 @@ def spectrum(
         progress=progress,
     )
     found = quadrature.rules(tri, lower_bound)
-    return Spectrum(found, size, lower_bound, tri.matvecs, tri.steps, shown, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Spectrum(found, size + zeros, lower_bound, tri.matvecs, tri.steps, shown, seconds, zeros)
+
+
+def exact_spectrum(values: Tensor, *, lower_bound: float | None, zeros: int = 0, matvecs: int = 0) -> Spectrum:
+    """The spectrum from all eigenvalues, up to their rounding.
+
+    Args:
+        values: `(n,)` eigenvalues, of a backward stable factorisation.
+        lower_bound: Proven lower bound; None to take the smallest eigenvalue less rounding.
+        zeros: Further eigenvalues 0.
+        matvecs: Products that were spent on the matrix.
+    """
+    unit = torch.finfo(values.dtype).eps
+    nodes = values.detach().to("cpu", torch.float64).sort().values[None]
+    rounding = (unit * math.sqrt(nodes.shape[1]) * nodes.abs().amax(1)).clamp(min=torch.finfo(torch.float64).tiny)
+    bound = float(nodes.min() - rounding) if lower_bound is None else lower_bound
+    depth = torch.tensor([nodes.shape[1]])
+    found = Rules(
+        Rule(nodes, torch.ones_like(nodes)), None, None, rounding, depth, depth > 0, nodes[:, -1],
+        torch.full((1,), bound, dtype=torch.float64),
+    )  # fmt: skip
+    return Spectrum(found, nodes.shape[1] + zeros, bound, matvecs, nodes.shape[1], zeros=zeros, is_exact=True)

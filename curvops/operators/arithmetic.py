@@ -310,7 +310,7 @@ class Scaled(LinearOperator):
         return self.operator._inverse_root(E) / self._root()
 
     def _dense(self) -> Tensor:
-        return self.factor * self.operator._dense()
+        return self.factor * self.operator._dense_kept()
 
     def _gram(self) -> LinearOperator | None:
         gram = self.operator._gram() if number(self.factor) > 0 else None
@@ -319,6 +319,13 @@ class Scaled(LinearOperator):
     def _factor(self) -> LinearOperator | None:
         factor = self.operator._factor() if number(self.factor) > 0 else None
         return None if factor is None else scale(self._root(), factor)
+
+    def _weighs_parameters(self) -> bool:
+        return number(self.factor) > 0 and self.operator._weighs_parameters()
+
+    def _weighted_gram(self, weights: Tensor) -> Tensor | None:
+        gram = self.operator._weighted_gram(weights) if number(self.factor) > 0 else None
+        return None if gram is None else self.factor * gram
 
     def _root(self) -> Scalar:
         return self.factor.sqrt() if isinstance(self.factor, Tensor) else math.sqrt(self.factor)

@@ -281,6 +281,7 @@ class LinearOperator(Structure):
         self,
         probes: int = 10,
         steps: int = 64,
+        method: Method | None = None,
         *,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -290,11 +291,13 @@ class LinearOperator(Structure):
         Args:
             probes: Random start vectors.
             steps: Lanczos steps per probe; `probes · steps` products.
+            method: None; `FunctionSpace` to multiply with the Gram matrix of a curvature instead, which is made once;
+                `Eigh` for all eigenvalues, exactly.
         """
         from curvops.operators.routes import spectrum
 
         self._require_symmetric("spectrum")
-        return spectrum.spectrum(self, probes, steps, generator=generator, progress=progress)
+        return spectrum.spectrum(self, probes, steps, method, generator=generator, progress=progress)
 
     @verb
     def sqrt_matvec(self, v: Tensor, method: Method | None = None, *, return_report: bool = False) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvops.errors import UnsupportedError
 from curvops.linalg import dense
 from curvops.memory import default_budget
+from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import Diagonal, Identity, diagonal_of
 
 if TYPE_CHECKING:
@@ -54,24 +55,39 @@ class FunctionSpaceForm:
         return f"function space ({identity})"
 
     def is_affordable(self) -> bool:
-        """Whether the n x n matrix, and B where D is not a multiple of the identity, fit."""
+        """Whether the n x n matrix fits, and B where D is neither a multiple of the identity nor one per parameter."""
+        if self.rows > MAX_ROWS:
+            return False
         size, itemsize = self.operator.shape[0], self.operator.dtype.itemsize
-        needed = 4 * self.rows**2 + (0 if isinstance(self.damping, Identity) else 2 * self.rows * size)
-        budget = self.operator.memory_budget
-        budget = default_budget(self.operator.device) if budget is None else budget
-        return self.rows <= MAX_ROWS and needed * itemsize <= budget
+        needed = 4 * self.rows**2
+        if not isinstance(self.damping, Identity) and not self._is_weighted():
+            needed += 2 * self.rows * size
+        return needed * itemsize <= self._budget()
 
     def logdet(self) -> Tensor:
         """log det A; differentiable in D and in a scalar in front of the curvature."""
-        L, _ = dense.cholesky(self._core(), jitter=False)
-        return self._damping_vector_logdet() + dense.logdet_cholesky(L)
+        return self._damping_vector_logdet() + self.logdet_ratio()
+
+    def logdet_ratio(self) -> Tensor:
+        """log det A − log det D = log det(I + K) ≥ 0, without the cancellation of the difference; differentiable."""
+        return dense.logdet_cholesky(self._cholesky())
 
     def solve(self, B: Tensor) -> Tensor:
         """A⁻¹ B for columns."""
         factor = self._factor()
-        L, _ = dense.cholesky(self._core(), jitter=False)
         scaled = self._undamped(B)
-        return scaled - self._undamped(factor._rapply(dense.solve_cholesky(L, factor._apply(scaled))))
+        observed = dense.solve_cholesky(self._cholesky(), factor._apply(scaled))
+        return scaled - self._undamped(factor._rapply(observed))
+
+    def whitened(self, cross: Tensor) -> Tensor:
+        """`L⁻¹ C` for C `(n, k)` and `L Lᵀ = I + K`: with `C = B D⁻¹ Rᵀ`, `R A⁻¹ Rᵀ = R D⁻¹ Rᵀ − (L⁻¹C)ᵀ(L⁻¹C)`."""
+        return torch.linalg.solve_triangular(self._cholesky(), cross, upper=False)
+
+    def weights(self) -> Tensor | None:
+        """D⁻¹ as one number, 0-dim, or one per parameter of the layout, `(L,)`; None where it is neither."""
+        if isinstance(self.damping, Identity):
+            return 1 / torch.as_tensor(self.damping.scale, dtype=self.operator.dtype, device=self.operator.device)
+        return None if (scales := self._scales()) is None else 1 / scales
 
     def sample(self, noise: Callable[[int], Tensor]) -> Tensor:
         """Draws from N(0, A⁻¹): the prior's, corrected by noisy observations of them (Matheron's rule).
@@ -82,16 +98,57 @@ class FunctionSpaceForm:
         factor = self._factor()
         prior = noise(self.operator.shape[0]) / self._damping_vector().sqrt()[:, None]
         observed = factor._apply(prior) + noise(self.rows)
-        L, _ = dense.cholesky(self._core(), jitter=False)
-        return prior - self._undamped(factor._rapply(dense.solve_cholesky(L, observed)))
+        return prior - self._undamped(factor._rapply(dense.solve_cholesky(self._cholesky(), observed)))
+
+    def _cholesky(self) -> Tensor:
+        """L of `L Lᵀ = I + K`, kept with A where it takes at most a quarter of the budget and no gradient is asked."""
+
+        def build() -> Tensor:
+            return dense.cholesky(self._core(), jitter=False)[0]
+
+        if 4 * self.rows**2 * self.operator.dtype.itemsize > self._budget():
+            return build()
+        return self.operator._kept("function space", build, *_tensors_within(self.operator))
 
     def _core(self) -> Tensor:
+        kernel = self._kernel()
+        if torch.is_grad_enabled() and kernel.requires_grad:
+            return kernel.diagonal_scatter(kernel.diagonal() + 1.0)
+        kernel.diagonal().add_(1.0)
+        return kernel
+
+    def _kernel(self) -> Tensor:
+        """K, in memory of its own."""
         if isinstance(self.damping, Identity):
-            kernel = self.gram.to_dense() / self.damping.scale
-        else:
-            rows = self._factor().to_dense()
-            kernel = (rows / self._damping_vector()) @ rows.T
-        return kernel.diagonal_scatter(kernel.diagonal() + 1.0)
+            return self.gram._dense_kept() / self.damping.scale
+        weights = self.weights() if self._is_weighted() else None
+        kernel = None if weights is None else self.curvature._weighted_gram(weights)
+        if kernel is not None:
+            return kernel
+        rows = self._factor().to_dense()
+        return (rows / self._damping_vector()) @ rows.T
+
+    def _scales(self) -> Tensor | None:
+        """D's number for each parameter of the curvature's layout, `(L,)`, where it is such."""
+        layout = self.curvature.layout
+        if layout is None or not isinstance(self.damping, BlockDiagonal):
+            return None
+        blocks = self.damping.blocks
+        if self.damping.sizes != [where.stop - where.start for where in layout.values()]:
+            return None
+        scales = [block.scale for block in blocks if isinstance(block, Identity)]
+        if len(scales) != len(blocks):
+            return None
+        like = {"dtype": self.operator.dtype, "device": self.operator.device}
+        return torch.stack([torch.as_tensor(scale, **like) for scale in scales])
+
+    def _is_weighted(self) -> bool:
+        """Whether the layers give K with one weight per parameter."""
+        return self._scales() is not None and self.curvature._weighs_parameters()
+
+    def _budget(self) -> int:
+        budget = self.operator.memory_budget
+        return default_budget(self.operator.device) if budget is None else budget
 
     def _factor(self) -> LinearOperator:
         factor = self.curvature._factor()
@@ -133,6 +190,12 @@ def function_space(operator: LinearOperator, *, must: bool = True) -> FunctionSp
             f"diagonal; got {operator!r}. Use Cholesky(), CG() or SLQ()."
         )
     return None
+
+
+def _tensors_within(operator: LinearOperator) -> list[Tensor]:
+    """Tensors that an expression of operators holds: damping and factors."""
+    held = [value for value in vars(operator).values() if isinstance(value, Tensor)]
+    return held + [tensor for child in operator._children() for tensor in _tensors_within(child)]
 
 
 def _log(scale: Scalar, like: LinearOperator) -> Tensor:

@@ -171,12 +171,24 @@ class Structure:
         eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         return self._apply(eye)
 
+    def _dense_kept(self) -> Tensor:
+        """The dense matrix, which may be one that is kept: not to be written to."""
+        return self._dense()
+
     def _holds_tensors(self) -> bool:
         """Whether the matrix is made of tensors alone, so that a dense copy costs no products with a network."""
         return all(child._holds_tensors() for child in self._children()) if self._children() else False
 
     def _gram(self) -> LinearOperator | None:
         """`B Bᵀ` of a curvature `A = BᵀB` in function space, or None."""
+        return None
+
+    def _weighs_parameters(self) -> bool:
+        """Whether `_weighted_gram` answers; may look at a few data."""
+        return False
+
+    def _weighted_gram(self, weights: Tensor) -> Tensor | None:
+        """Dense `B W Bᵀ` of a curvature `A = BᵀB`, W constant on each parameter of the layout; differentiable in W."""
         return None
 
     def _factor(self) -> LinearOperator | None:

@@ -198,6 +198,7 @@ class DataOperator(LinearOperator):
         return (dense + dense.T) / 2 if self.is_symmetric else dense
 
     def _check_content(self) -> None:
+        self.objective.refresh()  # an answer from what is kept makes no pass that would look
         self.objective.watch.check_content()
 
     def _watched(self) -> Iterator[LinearOperator]:

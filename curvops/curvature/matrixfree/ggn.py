@@ -82,6 +82,16 @@ class GaussNewton(DataOperator):
 
         return GramOf(self) if self.is_psd else None
 
+    def _weighs_parameters(self) -> bool:
+        from curvops.curvature.matrixfree.layerdense import factors_are_cheap
+
+        return factors_are_cheap(self)
+
+    def _weighted_gram(self, weights: Tensor) -> Tensor | None:
+        from curvops.curvature.matrixfree.layerdense import gram_from_layers
+
+        return gram_from_layers(self, self.objective.budget(), weights)
+
 
 class GGN(GaussNewton):
     """The generalised Gauss–Newton matrix `Σ Jᵀ Λ J` (Schraudolph 2002), P x P, summed over the data.

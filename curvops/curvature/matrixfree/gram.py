@@ -44,10 +44,32 @@ class GramOf(LinearOperator):
         return self.factor._apply(self.factor._rapply(V))
 
     def _dense(self) -> Tensor:
+        known = self._known()
+        return self._made() if known is None else known.clone()
+
+    def _dense_kept(self) -> Tensor:
+        """The dense matrix; kept with the curvature's graphs where it takes at most a quarter of the budget."""
+        known = self._known()
+        if known is not None:
+            return known
+        with torch.inference_mode(False):
+            made = self._made()
+        if 4 * made.nbytes <= self._budget():
+            self.curvature._cache["gram"] = (self.curvature.objective.refresh(), made)
+        return made
+
+    def _known(self) -> Tensor | None:
+        generation, known = self.curvature._cache.get("gram", (None, None))
+        return known if generation == self.curvature.objective.refresh() else None
+
+    def _budget(self) -> int:
+        return default_budget(self.device) if self.memory_budget is None else self.memory_budget
+
+    def _made(self) -> Tensor:
         n, size = self.factor.shape
         from curvops.curvature.matrixfree.layerdense import gram_from_layers
 
-        budget = default_budget(self.device) if self.memory_budget is None else self.memory_budget
+        budget = self._budget()
         dense = gram_from_layers(self.curvature, budget)
         if dense is not None:
             return dense

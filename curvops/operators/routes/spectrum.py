@@ -1,4 +1,9 @@
-"""The spectral density of an operator, by Lanczos quadrature."""
+"""The spectral density of an operator.
+
+None                 Lanczos quadrature by products with A
+`FunctionSpace()`    the same by the n x n Gram matrix of a curvature BᵀB, n ≤ P, whose other P − n eigenvalues are 0
+`Eigh()`             all eigenvalues, of the smaller of the two dense matrices
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,61 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from curvops.errors import NotPositiveDefiniteError
+from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.probes import resolve_seed
-from curvops.linalg.spectrum import Spectrum
+from curvops.linalg.spectrum import Spectrum, exact_spectrum
 from curvops.linalg.spectrum import spectrum as lanczos_spectrum
-from curvops.operators.routes.plan import Plan, dense_is_affordable, product
+from curvops.operators import methods
+from curvops.operators.routes.plan import Plan, counted, dense_is_affordable, product, refuse_method
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
 
 
 def spectrum(
-    A: LinearOperator, probes: int, steps: int, *, generator: torch.Generator | None, progress: bool
+    A: LinearOperator,
+    probes: int,
+    steps: int,
+    method: methods.Method | None,
+    *,
+    generator: torch.Generator | None,
+    progress: bool,
 ) -> Spectrum:
     """See `LinearOperator.spectrum`."""
+    if isinstance(method, methods.Eigh):
+        return _of_eigenvalues(A)
+    matmat, size, bound = product(A), A.shape[0], None
+    if isinstance(method, methods.FunctionSpace):
+        gram = _gram(A)
+        if gram is None:
+            raise UnsupportedError(
+                f"spectrum: FunctionSpace() needs a curvature BᵀB (GGN, MCFisher, EmpiricalFisher, or a multiple) with "
+                f"no more rows than its P = {A.shape[0]:,}; got {A!r}. Leave method out, or use Eigh()."
+            )
+        with torch.no_grad():
+            G = gram._dense_kept()
+        matmat, size, bound = G.__matmul__, G.shape[0], 0.0
+    elif method is not None:
+        raise refuse_method("spectrum", method, "FunctionSpace", "Eigh")
     return lanczos_spectrum(
-        product(A), A.shape[0], probes=probes, steps=min(steps, A.shape[0]), lower_bound=_lower_bound(A),
-        seed=resolve_seed(generator), dtype=A.dtype, device=A.device, progress=progress,
+        matmat, size, probes=probes, steps=min(steps, size), lower_bound=_lower_bound(A) if bound is None else bound,
+        seed=resolve_seed(generator), dtype=A.dtype, device=A.device, progress=progress, zeros=A.shape[0] - size,
     )  # fmt: skip
+
+
+def _gram(A: LinearOperator) -> LinearOperator | None:
+    """The Gram matrix where it is no larger than A."""
+    gram = A._gram()
+    return gram if gram is not None and gram.shape[0] <= A.shape[0] else None
+
+
+def _of_eigenvalues(A: LinearOperator) -> Spectrum:
+    spent = counted(A)
+    gram = None if A._holds_tensors() else _gram(A)
+    with torch.no_grad():
+        values = torch.linalg.eigvalsh(A.to_dense() if gram is None else gram._dense_kept())
+    zeros = A.shape[0] - len(values)
+    return exact_spectrum(values, lower_bound=A.lower_bound, zeros=zeros, matvecs=spent()[0])
 
 
 def _lower_bound(A: LinearOperator) -> float | None:
