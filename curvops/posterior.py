@@ -19,7 +19,7 @@ from torch import Tensor
 from curvops.curvature.matrixfree.crossgram import functional_covariance
 from curvops.curvature.matrixfree.jacobian import Jacobian
 from curvops.errors import NumericalWarning, ShapeError
-from curvops.linalg.results import EstimateReport, Report, SolveReport
+from curvops.linalg.results import Report, SolveReport
 from curvops.operators.arithmetic import Sum
 from curvops.operators.base import LinearOperator, Scalar, verb
 from curvops.operators.diagonal import damping, diagonal_of
@@ -94,7 +94,7 @@ class Gaussian:
         logdet, report = self.precision.logdet(return_report=True)
         value = 0.5 * logdet - 0.5 * self.precision.shape[0] * math.log(2 * math.pi) - 0.5 * quadratic
         value = value[0] if x.dim() == 1 else value
-        return (value, _halved(report, value, 0.5)) if return_report else value
+        return (value, report.carried(value, 0.5)) if return_report else value
 
     def log_evidence(
         self,
@@ -124,7 +124,7 @@ class Gaussian:
         distance = D.quadratic_form(self.mean - prior_mean)
         value = -loss - log_normaliser - 0.5 * distance + 0.5 * D.logdet() - 0.5 * logdet
         value = torch.as_tensor(value)
-        return (value, _halved(report, value, -0.5)) if return_report else value
+        return (value, report.carried(value, -0.5)) if return_report else value
 
     def marginal_variance(self, method: Method | None = None, *, return_report: bool = False) -> Any:
         """diag(A⁻¹), `(P,)`; exact where structure or size allow, otherwise estimated to 5 % by solves."""
@@ -260,21 +260,6 @@ def _worst(reports: Sequence[Report]) -> Report:
         residual=torch.cat([report.residual.reshape(-1) for report in solves]),
         iterations=max(report.iterations for report in solves),
         matvecs=sum(report.matvecs for report in solves),
-    )
-
-
-def _halved(report: EstimateReport, value: Tensor, factor: float) -> EstimateReport:
-    """The report of a number that contains `factor` times the reported one."""
-    number = value.detach() if value.dim() else float(value.detach())
-    offset = number - factor * report.value
-    low, high = report.bracket
-    ends = (None, None)
-    if low is not None:
-        first, second = offset + factor * low, offset + factor * high
-        ends = (first, second) if factor > 0 else (second, first)
-    scale = abs(factor)
-    return replace(
-        report, value=number, stderr=scale * report.stderr, half_width=scale * report.half_width, bracket=ends
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,24 @@ class EstimateReport(Report):
     steps: int = 0
     seed: int | None = None
     gradient_stderr: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def carried(self, value: Any, factor: float) -> EstimateReport:
+        """The report of a number, or of numbers, that contain `factor` times the reported one and nothing else random.
+
+        Args:
+            value: The number, a float or a tensor.
+            factor: What the reported number was multiplied with.
+        """
+        if isinstance(value, Tensor):
+            value = value.detach() if value.dim() else float(value.detach())
+        offset = value - factor * self.value
+        low, high = self.bracket
+        ends = (None, None)
+        if low is not None:
+            first, second = offset + factor * low, offset + factor * high
+            ends = (first, second) if factor > 0 else (second, first)
+        scale = abs(factor)
+        return replace(self, value=value, stderr=scale * self.stderr, half_width=scale * self.half_width, bracket=ends)
 
     @staticmethod
     def exact(value: Any, algorithm: str, reason: str = "", matvecs: int = 0, seconds: float = 0.0) -> EstimateReport:

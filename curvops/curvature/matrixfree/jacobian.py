@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from curvops.curvature.matrixfree.base import Cache, by_columns
 from curvops.curvature.matrixfree.forms import Form, IdentityForm
@@ -127,6 +127,13 @@ class Jacobian(Factor):
 
     def __init__(self, model: nn.Module, data: Any, *, cache: Cache = "auto", **options: Unpack[Options]) -> None:
         super().__init__(UnweightedGGN.of(Objective(model, None, data, **options), cache=cache))
+
+    @classmethod
+    def of(cls, objective: Objective, *, cache: Cache = "auto") -> Self:
+        """The Jacobian over an objective that is already there."""
+        J = cls.__new__(cls)
+        Factor.__init__(J, UnweightedGGN.of(objective, cache=cache))
+        return J
 
     @property
     @verb
