@@ -230,6 +230,8 @@ def explained_product(error: RuntimeError) -> Exception:
 
 
 def _forward_arguments(module: nn.Module) -> tuple[frozenset[str], bool]:
+    if callable(getattr(module, "forward_with_features", None)):
+        return frozenset(), False  # a feature extractor hands on what it gets, whatever it calls it
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):

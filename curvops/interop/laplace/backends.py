@@ -8,7 +8,8 @@ What laplace-torch 0.3 asks of a backend, and how it is met here:
                                  are those of code that does not run here
     `__name__`                   "backpack" in it: mappings are refused; "asdl": predictions ask `functorch_jacobians`,
                                  with a warning. Both answer the same numbers here
-    `==`                         with its own `CurvlinopsEF` (mappings are refused for a diagonal): never true here
+    `==`                         `FunctionalLaplace` takes three classes, by `in`: a GGN here answers that it equals
+                                 one of them. With its `CurvlinopsEF` (mappings are refused for a diagonal): never
     `(model, likelihood, …)`     keywords `dict_key_x`, `dict_key_y`, `last_layer`, and those of `backend_kwargs`
     `.subnetwork_indices`        written after construction
     `full kron diag`             `(loss, Tensor | Kron)`, the curvature of the loss, times `factor`
@@ -29,10 +30,27 @@ from curvops.curvature.subject import Inputs
 from curvops.errors import NumericalWarning
 from curvops.interop.laplace import library
 from curvops.interop.laplace.kron import fitting_kron
+from curvops.nets.likelihoods import resolve
 from curvops.operators.base import LinearOperator
 
 
-class LaplaceBackend(library.CurvatureInterface):
+class _StandsIn(type):
+    """Of classes that `==` takes for the one of laplace-torch that they stand in for.
+
+    `FunctionalLaplace` asserts that its backend is in a list of three classes. Sets and dictionaries, which go by the
+    hash first, keep all classes apart.
+    """
+
+    stands_in_for: type | None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is not None and other is cls.stands_in_for)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls)
+
+
+class LaplaceBackend(library.CurvatureInterface, metaclass=_StandsIn):
     """A backend of laplace-torch whose curvatures one of our interface classes computes; see `backend`.
 
     Args:
@@ -47,6 +65,7 @@ class LaplaceBackend(library.CurvatureInterface):
     """
 
     interface: ClassVar[type[CurvatureInterface]]
+    stands_in_for: ClassVar[type | None] = None
 
     def __init__(
         self, model: nn.Module, likelihood: Any, *arguments: Any, lossfunc: Any = None, **options: Any
@@ -88,8 +107,12 @@ class LaplaceBackend(library.CurvatureInterface):
 
     @property
     def lossfunc(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The torch loss, summed."""
+        """The torch loss, summed; may be set, as the keyword of the constructor."""
         return self.curvops.lossfunc
+
+    @lossfunc.setter
+    def lossfunc(self, loss: Any) -> None:
+        self.curvops._likelihood = resolve(loss)
 
     @property
     def factor(self) -> float:
@@ -164,6 +187,7 @@ class LaplaceBackend(library.CurvatureInterface):
 
 class _GGNBackend(LaplaceBackend, library.GGNInterface):
     curvops: Any
+    stands_in_for = library.baselaplace.CurvlinopsGGN
 
     @property
     def stochastic(self) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from curvops.errors import DataError, UnsupportedError
 from curvops.interop.laplace import library
-from curvops.operators.arithmetic import Scaled
+from curvops.memory import require
+from curvops.operators.arithmetic import Scaled, Sum
 from curvops.operators.base import Layout, LinearOperator, Scalar, number
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.deferred import Deferred
@@ -70,18 +71,43 @@ def _root(scalar: Scalar, order: int) -> Scalar:
 # -------------------------------------------------------------------- to laplace-torch
 
 
-def to_laplace_kron(operator: LinearOperator) -> Kron:
-    """The factors of a block-diagonal operator as laplace-torch's `Kron`; computes a deferred operator. A copy.
+def to_laplace_kron(operator: LinearOperator) -> Kron | KronDecomposed:
+    """The factors of a block-diagonal operator as laplace-torch holds them; a deferred operator is computed. A copy.
 
     Args:
         operator: Block-diagonal over parameters: Kronecker products of two factors, dense or diagonal blocks, and
-            multiples of such (the multiple goes to the first factor), e.g. `co.KFAC(…)`.
+            multiples of such (the multiple goes to the first factor), e.g. `co.KFAC(…)`; each with a multiple of the
+            identity or without.
+
+    Returns:
+        A `Kron`, or where a multiple of the identity was added to a block a `KronDecomposed`, which is the type of
+        laplace-torch's posterior precisions.
 
     Raises:
         UnsupportedError: A block that laplace-torch cannot hold; named, with the way out.
     """
-    names = _names(operator)
-    return Kron([_factors(block, name) for name, block in zip(names, _blocks(operator), strict=True)])
+    kfacs, deltas = [], []
+    for name, block in zip(_names(operator), _blocks(operator), strict=True):
+        inner, delta = _undamped(_computed(block))
+        factors = _factors(inner)
+        if factors is None:
+            raise UnsupportedError(
+                f"the block {name}, {_computed(block)!r}, is neither a Kronecker product of two factors nor one "
+                f"matrix (plus a multiple of the identity), and laplace-torch holds nothing else; {_ways_out(inner)}"
+            )
+        kfacs.append(factors)
+        deltas.append(torch.as_tensor(delta, dtype=operator.dtype, device=operator.device))
+    kron = Kron(kfacs)
+    return kron if all(number(delta) == 0.0 for delta in deltas) else kron.decompose() + torch.stack(deltas)
+
+
+def _undamped(block: LinearOperator) -> tuple[LinearOperator, Scalar]:
+    """`A + δI` as (A, δ)."""
+    if isinstance(block, Sum) and len(block.terms) == 2:
+        for one, other in (block.terms, block.terms[::-1]):
+            if isinstance(other, Identity):
+                return one, other.scale
+    return block, 0.0
 
 
 def _names(operator: LinearOperator) -> list[str]:
@@ -112,21 +138,21 @@ def _blocks(operator: LinearOperator) -> list[LinearOperator]:
     return list(operator.blocks) if isinstance(operator, BlockDiagonal) else [operator]
 
 
-def _factors(block: LinearOperator, name: str) -> list[Tensor]:
-    """One or two factors, each a matrix or the vector of a diagonal one."""
+def _factors(block: LinearOperator) -> list[Tensor] | None:
+    """One or two factors, each a matrix or the vector of a diagonal one; None where the block is made of others."""
     if isinstance(block, Deferred):
-        return _factors(block.content(), name)
+        return _factors(block.content())
     if isinstance(block, Scaled):
-        first, *rest = _factors(block.operator, name)
-        return [block.factor * first, *rest]
+        factors = _factors(block.operator)
+        return None if factors is None else [block.factor * factors[0], *factors[1:]]
     if isinstance(block, Kronecker) and len(block.factors) == 2:
         return [_tensor(factor) for factor in block.factors]
-    if isinstance(block, Dense | Diagonal | Identity | Zero):
-        return [_tensor(block)]
-    raise UnsupportedError(
-        f"the block {name}, {block!r}, is no Kronecker product of two factors and no single matrix, and laplace-torch "
-        f"has nothing else; {_ways_out(block)}"
-    )
+    return [_tensor(block)] if isinstance(block, Dense | Diagonal | Identity | Zero) or _decomposed(block) else None
+
+
+def _decomposed(block: LinearOperator) -> bool:
+    """Whether it is a single matrix kept as its eigenvalues and dense eigenvectors."""
+    return isinstance(block, Eigen) and isinstance(block.Q, Dense)
 
 
 def _tensor(factor: LinearOperator) -> Tensor:
@@ -138,16 +164,14 @@ def _tensor(factor: LinearOperator) -> Tensor:
     return factor.to_dense().clone() if d is None else d.clone()
 
 
+def _computed(block: LinearOperator) -> LinearOperator:
+    return block.content() if isinstance(block, Deferred) else block
+
+
 def _ways_out(block: LinearOperator) -> str:
     if isinstance(block, BlockDiagonal):
-        return (
-            "of a grouped convolution take co.DiagonalGGN, or co.BlockGGN, whose blocks are dense, or "
-            "hessian_structure='diag' or 'full'"
-        )
-    return (
-        "convert the operator before adding a diagonal (give that to Laplace as prior_precision), or hand over "
-        "co.Dense(block.to_dense())"
-    )
+        return "of a grouped convolution take co.BlockGGN, whose blocks are dense, or a diagonal"
+    return "hand over co.Dense(block.to_dense()), or stay with co.Gaussian"
 
 
 def fitting_kron(operator: LinearOperator, params: Mapping[str, nn.Parameter], factor: float) -> Kron:
@@ -171,30 +195,26 @@ def fitting_kron(operator: LinearOperator, params: Mapping[str, nn.Parameter], f
 
 def _fitted(name: str, p: nn.Parameter, block: LinearOperator) -> list[Tensor]:
     wanted = [p.numel()] if p.dim() == 1 else [p.shape[0], p.shape[1:].numel()]
-    inner = block.content() if isinstance(block, Deferred) else block
-    d = diagonal_of(inner)
-    if len(wanted) == 2 and d is not None and not bool(d.any()):  # the outputs do not depend on it
-        return [torch.zeros(size, size, dtype=d.dtype, device=d.device) for size in wanted]
-    factors = [_matrix(F) for F in _factors(inner, f"of {name!r}")] if _has_factors(inner, len(wanted)) else []
+    factors = _factors(block) or []
+    if len(wanted) == 2 and len(factors) == 1 and not bool(factors[0].any()):  # the outputs do not depend on it
+        factors = [p.new_zeros(size) for size in wanted]
     if [len(F) for F in factors] != wanted:
         raise UnsupportedError(
-            f"the Kronecker block of {name!r} {tuple(p.shape)} is {inner!r}, and laplace-torch adds up "
+            f"the Kronecker block of {name!r} {tuple(p.shape)} is {_computed(block)!r}, and laplace-torch adds up "
             f"{' ⊗ '.join(f'{size} x {size}' for size in wanted)} there. Use hessian_structure='diag' or 'full', set "
-            "requires_grad=False on the parameter, or use co.KFAC and co.Gaussian, which take every block"
+            "requires_grad=False on the parameter, or take co.KFAC and co.Gaussian, which hold every block"
         )
-    return factors
-
-
-def _has_factors(block: LinearOperator, number_wanted: int) -> bool:
-    if isinstance(block, Scaled):
-        return _has_factors(block.operator, number_wanted)
-    if number_wanted == 2:
-        return isinstance(block, Kronecker) and len(block.factors) == 2
-    return isinstance(block, Dense | Diagonal | Identity | Zero)
+    return [_matrix(F.detach()) for F in factors]
 
 
 def _matrix(factor: Tensor) -> Tensor:
-    return torch.diag(factor) if factor.dim() == 1 else factor
+    if factor.dim() > 1:
+        return factor
+    require(
+        len(factor) ** 2 * factor.element_size(), None, factor.device, f"the diagonal factor of size {len(factor):,}",
+        "laplace-torch holds it as a full matrix; use hessian_structure='diag', or co.KFAC and co.Gaussian.",
+    )  # fmt: skip
+    return torch.diag(factor)
 
 
 # -------------------------------------------------------------------- from laplace-torch
@@ -204,7 +224,7 @@ def from_laplace_kron(kron: Any, layout: Layout | None = None) -> BlockDiagonal:
     """laplace-torch's `Kron` or `KronDecomposed` as a block-diagonal operator, one block per entry; a copy.
 
     `to_laplace_kron` of the result gives the same factors back. The eigenvalues and deltas of a `KronDecomposed` stay
-    in use: no factor is decomposed again.
+    in use: nothing is decomposed again.
 
     Args:
         kron: The factors.
