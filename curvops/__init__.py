@@ -8,6 +8,10 @@ H = co.GGN(model, "classification", data)       # P x P, nothing computed yet
 
 from curvops import errors
 from curvops.curvature import (
+    AsdlEF,
+    AsdlGGN,
+    AsdlHessian,
+    AsdlInterface,
     CurvatureInterface,
     CurvlinopsEF,
     CurvlinopsGGN,
@@ -75,6 +79,10 @@ __all__ = [
     "LU",
     "MINRES",
     "SLQ",
+    "AsdlEF",
+    "AsdlGGN",
+    "AsdlHessian",
+    "AsdlInterface",
     "BlockDiagonal",
     "BlockEF",
     "BlockGGN",

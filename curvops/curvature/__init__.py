@@ -1,5 +1,6 @@
 """Curvatures: model x operator. Here the interfaces of `laplace.curvature`; those over a data set are in `curvops`."""
 
+from curvops.curvature.backends.asdl import AsdlEF, AsdlGGN, AsdlHessian, AsdlInterface
 from curvops.curvature.backends.curvlinops import (
     CurvlinopsEF,
     CurvlinopsGGN,
@@ -14,6 +15,10 @@ from curvops.curvature.hessian import HessianInterface
 from curvops.curvature.interface import CurvatureInterface
 
 __all__ = [
+    "AsdlEF",
+    "AsdlGGN",
+    "AsdlHessian",
+    "AsdlInterface",
     "CurvatureInterface",
     "CurvlinopsEF",
     "CurvlinopsGGN",
