@@ -20,6 +20,7 @@ from curvops.curvature.backends.asdl_adapter import (
     known_layers,
     library,
     provenance,
+    touched,
 )
 from curvops.curvature.backends.foreign import (
     ForeignProduct,
@@ -39,6 +40,7 @@ from curvops.errors import CurvopsError, UnsupportedError, UnsupportedLayerError
 from curvops.memory import require
 from curvops.nets.batches import Batch
 from curvops.nets.jacobians import close
+from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import LinearOperator
 from curvops.operators.dense import Dense
 from curvops.operators.kronecker import Kronecker
@@ -55,13 +57,13 @@ def squared(objective: Objective, cotangents: Cotangents) -> Tensor:
     ((batch, f),) = objective.evaluate()
     examples = Examples(objective.model, selection, batch.x, f)
     columns = cotangents.of(objective.needed_likelihood(), f, batch)
-    total = torch.zeros(selection.full_size, dtype=selection.dtype, device=selection.device)
+    total = torch.zeros(selection.size, dtype=selection.dtype, device=selection.device)
     step = examples.step(objective.budget() // 4, diagonal=True)
     for start in range(0, len(f), step):
         stop = min(start + step, len(f))
         for piece in columns.chunks(COLUMNS):
             total += examples.squares(start, stop, piece[start:stop])
-    return selection.gather(total)
+    return total
 
 
 class AsdlProduct(ForeignProduct):
@@ -75,7 +77,8 @@ class AsdlProduct(ForeignProduct):
 
     def _known_trouble(self) -> str | None:
         try:
-            known_layers(self.objective.model, self.objective.selection, ROWS, "per-example gradients", "")
+            model, selection = self.objective.model, self.objective.selection
+            known_layers(model, touched(model, selection)[0], ROWS, "per-example gradients", "")
         except UnsupportedLayerError as error:
             return str(error).rstrip("; ")
         if Cotangents.like(self.native) is None:
@@ -83,16 +86,16 @@ class AsdlProduct(ForeignProduct):
         return None
 
     def _connect(self, outputs: Outputs, batch: Batch, f: Tensor) -> Multiply:
-        objective, cotangents = self.objective, Cotangents.like(self.native)
+        objective, selection, cotangents = self.objective, self.objective.selection, Cotangents.like(self.native)
         assert cotangents is not None
         try:
-            examples = Examples(objective.model, objective.selection, batch.x, f, outputs=outputs)
+            examples = Examples(objective.model, selection, batch.x, f)
         except UnsupportedError as error:
             raise _Declined(str(error).partition(f"; {NATIVE}")[0]) from error
         with torch.no_grad():
             columns = cotangents.of(objective.needed_likelihood(), f, batch)
-        entries = columns.count * len(f) * objective.selection.full_size
-        kept: Tensor | None = None  # (rows, Q)
+        entries = columns.count * len(f) * selection.size
+        kept: Tensor | None = None  # (K·B, P)
 
         def gradients(use: Callable[[Tensor], object]) -> None:
             step = examples.step(objective.budget() // 4)
@@ -100,17 +103,18 @@ class AsdlProduct(ForeignProduct):
                 for piece in columns.chunks(COLUMNS):
                     examples.visit(start, min(start + step, len(f)), piece[start : start + step], use)
 
-        def multiply(V: Tensor) -> Tensor:
+        def multiply(full: Tensor) -> Tensor:
             nonlocal kept
+            V = selection.gather(full)
             if kept is None and entries * f.element_size() <= objective.budget() // 4:
                 found: list[Tensor] = []
                 gradients(found.append)
                 kept = torch.cat(found)
             if kept is not None:
-                return kept.T @ (kept @ V)
+                return selection.scatter(kept.T @ (kept @ V))
             total = torch.zeros_like(V)
             gradients(lambda rows: total.add_(rows.T @ (rows @ V)))
-            return total
+            return selection.scatter(total)
 
         return multiply
 
@@ -155,16 +159,9 @@ def hessian_diagonal(objective: Objective) -> Tensor:
     """
     way_out = "use diag() of HessianInterface, or full()"
     objective.watch.check()
-    selection = objective.selection
-    places = _places(objective, way_out)
-    blocks: dict[str, int] = {}
-    for (path, _), size in zip(places, selection.sizes, strict=True):
-        blocks[path] = blocks.get(path, 0) + size
-    path, largest = max(blocks.items(), key=lambda entry: entry[1])
-    require(
-        largest**2 * selection.dtype.itemsize, objective.budget(), selection.device,
-        f"{provenance()}'s Hessian of layer {path!r}, {largest:,} x {largest:,},", f"{way_out.capitalize()}.",
-    )  # fmt: skip
+    selection, entries = touched(objective.model, objective.selection)
+    places = _places(objective.network.module, selection, way_out)
+    _require_blocks(places, selection, objective.budget())
     ((batch, _),) = objective.evaluate()
     outputs = Outputs(objective.model, selection)
     maker = _hessian_maker(outputs, NegativeLogLikelihood(objective), batch, library().SHAPE_DIAG)
@@ -178,19 +175,30 @@ def hessian_diagonal(objective: Objective) -> Tensor:
         raise UnsupportedError(f"{provenance()} fails on this model ({first_line(error)}); {way_out}") from error
     found = sum(part.numel() for part in parts)
     require_entries(found, selection.full_size, "the Hessian's diagonal", provenance(), way_out)
-    full = torch.cat([part.reshape(-1) for part in parts])
-    which = torch.arange(len(parts), device=full.device).repeat_interleave(
-        torch.tensor(selection.sizes, device=full.device)
-    )
-    diagonal, which = selection.gather(full), selection.gather(which)
-    probes = torch.stack([torch.where(which == i, diagonal.abs(), -1).argmax() for i in which.unique()])
+    diagonal = torch.cat([part.reshape(-1) for part in parts])
+    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor(selection.sizes)).to(diagonal.device)
+    if entries is not None:
+        diagonal, owner = diagonal[entries], owner[entries]
+    probes = torch.stack([torch.where(owner == i, diagonal.abs(), -1).argmax() for i in owner.unique()])
     native = Hessian.of(objective)
     for at in probes.split(COLUMNS):
-        units = nn.functional.one_hot(at, selection.size).to(diagonal.dtype).T
+        units = nn.functional.one_hot(at, len(diagonal)).to(diagonal.dtype).T
         if not close(diagonal[at], native._product(units)[at, torch.arange(len(at), device=at.device)]):
             raise UnsupportedError(f"{provenance()}'s diagonal of the Hessian departs from double backward; {way_out}")
     native.release()
     return diagonal
+
+
+def _require_blocks(places: list[tuple[str, str]], selection: ParameterSelection, budget: int) -> None:
+    blocks: dict[str, int] = {}
+    for (path, _), size in zip(places, selection.sizes, strict=True):
+        blocks[path] = blocks.get(path, 0) + size
+    path, largest = max(blocks.items(), key=lambda entry: entry[1])
+    require(
+        largest**2 * selection.dtype.itemsize, budget, selection.device,
+        f"{provenance()}'s Hessian of layer {path!r}, {largest:,} x {largest:,},",
+        "Use diag() of HessianInterface, or full().",
+    )  # fmt: skip
 
 
 def _hessian_maker(outputs: Outputs, loss: nn.Module, batch: Batch, shape: str | None) -> Any:
@@ -200,21 +208,20 @@ def _hessian_maker(outputs: Outputs, loss: nn.Module, batch: Batch, shape: str |
     return maker
 
 
-def _places(objective: Objective, way_out: str) -> list[tuple[str, str]]:
+def _places(model: nn.Module, selection: ParameterSelection, way_out: str) -> list[tuple[str, str]]:
     """Path and role of each selected parameter where ASDL finds it; the first of several."""
     found: dict[int, tuple[str, str]] = {}
-    for path, module in objective.network.module.named_modules():
+    for path, module in model.named_modules():
         for role in ("weight", "bias"):
             if (p := module._parameters.get(role)) is not None:
                 found.setdefault(id(p), (path, role))
-    names, tensors = objective.selection.names, objective.selection.tensors
-    for name, p in zip(names, tensors, strict=True):
+    for name, p in zip(selection.names, selection.tensors, strict=True):
         if id(p) not in found:
             raise UnsupportedLayerError(
                 f"parameter {name!r} is no layer's weight or bias, and {provenance()} computes the Hessian's diagonal "
                 f"of those only; {way_out}"
             )
-    return [found[id(p)] for p in tensors]
+    return [found[id(p)] for p in selection.tensors]
 
 
 # -------------------------------------------------------------------- Kronecker factors
