@@ -15,6 +15,12 @@ EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "asdl": (("asdl", "asdfghjkl"),),
     "laplace": (("laplace", "laplace-torch"),),
     "hf": (("transformers", "transformers"),),
+    "peers": (
+        ("laplace", "laplace-torch"),
+        ("asdl", "asdfghjkl"),
+        ("transformers", "transformers"),
+        ("gpytorch", "gpytorch"),
+    ),
     "notebooks": (("jupytext", "jupytext"), ("nbmake", "nbmake"), ("ipykernel", "ipykernel")),
 }
 """Extra → (importable module, distribution) pairs that it adds."""

@@ -39,7 +39,7 @@ def test_info_names_versions_and_extras(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     assert f"curvops {curvops.__version__}" in said
-    for extra in ("plot", "report", "asdl", "laplace", "hf", "notebooks"):
+    for extra in ("plot", "report", "asdl", "laplace", "hf", "peers", "notebooks"):
         assert f"\n  {extra} " in said
 
 
