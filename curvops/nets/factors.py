@@ -20,6 +20,9 @@ from torch import Tensor
 CHUNK = 2**22
 """Entries of a temporary that holds per-example gradients."""
 
+SQUARED = 2**18
+"""Entries of one whose squares are summed at once."""
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -48,7 +51,16 @@ class Outer:
     def squares(self) -> Float[Tensor, " p"]:
         if self.positions == 1:
             return self.squared_product(self.g[:, :, 0].square().sum(0))
-        return _chunked_squares(self, self.g.shape[0] * self.a[0, 0].numel() * self.g.shape[-1])
+        K, B, T, G, O = self.g.shape
+        total = None
+        # Column by column, and so few examples at a time that their gradients are squared before they leave the caches.
+        for rows in _slices(B, self.a[0, 0].numel() * O, SQUARED):
+            a = self.a[rows].transpose(1, 2).flatten(0, 1)  # (B·G, T, I)
+            for g in self.g[:, rows]:
+                G_squared = torch.bmm(g.permute(0, 2, 3, 1).flatten(0, 1), a).square_().unflatten(0, (-1, G)).sum(0)
+                total = G_squared if total is None else total.add_(G_squared)
+        assert total is not None
+        return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
 
     def squared_product(self, g_squared: Float[Tensor, "B G O"]) -> Float[Tensor, " p"]:
         """Σ_n g²_n (a²_n)ᵀ, for one position and squares summed over the columns."""
@@ -335,18 +347,17 @@ def _join(parts: list[Part]) -> Part:
     return Shift(g)
 
 
-def _chunked_squares(part: Outer | Factors, per_example: int) -> Tensor:
-    B = part.a.shape[0] if isinstance(part, Outer) else part.batch
+def _chunked_squares(factors: Factors, per_example: int) -> Tensor:
     total = None
-    for rows in _slices(B, per_example):
-        G = part.examples(rows).multiplied_out().flatten(0, 1)
+    for rows in _slices(factors.batch, per_example):
+        G = factors.examples(rows).multiplied_out().flatten(0, 1)
         square = G.square_().sum(0)
         total = square if total is None else total.add_(square)
     assert total is not None
     return total
 
 
-def _slices(B: int, per_example: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, per_example))
+def _slices(B: int, per_example: int, chunk: int = CHUNK) -> Iterator[slice]:
+    step = max(1, chunk // max(1, per_example))
     for start in range(0, B, step):
         yield slice(start, min(B, start + step))

@@ -169,7 +169,11 @@ def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
 
 
 class _Window:
-    """The patches of a convolution: `(N, channels, *space)` → `(N, T, G, channels / G · kernel)`."""
+    """The patches of a convolution: `(N, channels, *space)` → `(N, T, G, channels / G · kernel)`.
+
+    In memory `(G, channels / G, kernel, N, T)`: whole rows of the image are copied at once, and all patches of a group
+    are one matrix.
+    """
 
     def __init__(
         self, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
@@ -187,8 +191,9 @@ class _Window:
         # Now (N, channels, *positions, *kernel); a ragged end may leave positions that the convolution drops.
         for axis in range(d):
             x = x.narrow(2 + axis, 0, out[axis])
-        x = x.unflatten(1, (groups, -1)).movedim((1, 2), (1 + d, 2 + d))
-        return x.flatten(2 + d).flatten(1, d)
+        x = x.permute(1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d)).contiguous()
+        x = x.flatten(2 + d).unflatten(0, (groups, -1)).flatten(1, 1 + d)  # (G, channels / G · kernel, N, T)
+        return x.permute(2, 3, 0, 1)
 
 
 # ---- lookups ----------------------------------------------------------------------------------------------------

@@ -159,6 +159,9 @@ class _Corrected:
 
 def _turned(t: Tensor, Q: Tensor) -> Tensor:
     """Each group's last axis in the basis Q `(G, d, d)`: t ↦ Qᵀ t, t `(…, G, d)`."""
+    if Q.shape[0] == 1 and t.stride(-1) > 1 and t.stride(-3) == 1:  # positions last in memory
+        turned = Q[0].T.expand(*t.shape[:-3], -1, -1) @ t.squeeze(-2).transpose(-1, -2)
+        return turned.transpose(-1, -2).unsqueeze(-2)
     if Q.shape[0] == 1:
         return t @ Q[0]
     return (t.unsqueeze(-2) @ Q).squeeze(-2)

@@ -265,11 +265,10 @@ def _inputs(a: Tensor, weight: Tensor | None, together: bool) -> tuple[Tensor | 
     if together:
         count = weight.sum(1)
         mean = torch.einsum("bt,btgi->bgi", weight, a) / count.clamp(min=1)[:, None, None]
-        return _second_moment(mean.transpose(0, 1)), float((count > 0).sum())
-    rows = a.permute(2, 0, 1, 3).flatten(1, 2)  # (G, B·T, I)
+        return _second_moment(mean.permute(1, 2, 0)), float((count > 0).sum())
     if not bool(weight.all()):
-        rows = rows * weight.reshape(1, -1, 1)
-    return _second_moment(rows), float(weight.sum())
+        a = a * weight[:, :, None, None]
+    return _second_moment(a.permute(2, 3, 0, 1).flatten(2)), float(weight.sum())
 
 
 def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
@@ -284,24 +283,30 @@ def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
 
 def _outputs(g: Tensor) -> Tensor:
     """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`."""
-    if g.shape[2] >= g.shape[4] and g.stride(2) < g.stride(4):  # positions last in memory, as convolutions have them
-        X = g.permute(3, 0, 1, 4, 2).flatten(1, 2)  # (G, K·B, O, T)
-        return (X @ X.transpose(2, 3)).sum(1)
-    return _second_moment(g.permute(3, 0, 1, 2, 4).flatten(1, 3))
+    K, B, T, G, O = g.shape
+    if G == 1 and O < 2 * _PANEL and T >= O and g.stride(2) < g.stride(4):
+        # Positions last in memory, as convolutions have them: a product per example needs no copy.
+        X = g[:, :, :, 0].flatten(0, 1)
+        return torch.addbmm(g.new_zeros(O, O), X.transpose(1, 2), X).unsqueeze(0)
+    return _second_moment(g.permute(3, 4, 0, 1, 2).flatten(2))
 
 
-def _second_moment(rows: Tensor) -> Tensor:
-    """Σ r rᵀ for rows `(G, n, d)` → `(G, d, d)`."""
-    if rows.shape[0] > 1:
-        return rows.transpose(1, 2) @ rows
-    X = rows[0]
-    d = X.shape[1]
+def _second_moment(X: Tensor) -> Tensor:
+    """X Xᵀ for each group, X `(G, d, n)` → `(G, d, d)`."""
+    if X.shape[0] > 1:
+        return X @ X.transpose(1, 2)
+    X = X[0]
+    d = X.shape[0]
     if d < 2 * _PANEL:
-        return (X.T @ X).unsqueeze(0)
-    # Torch has no symmetric product; in panels of columns nearly half of the work is saved.
+        return (X @ X.T).unsqueeze(0)
+    # Torch has no symmetric product; in panels of rows nearly half of the work is saved.
     total = X.new_empty(d, d)
     for start in range(0, d, _PANEL):
         stop = min(d, start + _PANEL)
-        torch.mm(X[:, start:stop].T, X[:, start:], out=total[start:stop, start:])
+        torch.mm(X[start:stop], X[start:].T, out=total[start:stop, start:])
+    for start in range(0, d, 2 * _PANEL):
+        stop = min(d, start + 2 * _PANEL)
         total[stop:, start:stop] = total[start:stop, stop:].T
+        middle = start + _PANEL
+        total[middle:stop, start:middle] = total[start:middle, middle:stop].T
     return total.unsqueeze(0)
