@@ -3,6 +3,9 @@
 Importing this package imports laplace-torch (>= 0.3), which `pip install 'curvops[laplace]'` brings.
 """
 
+from typing import Any
+
+from curvops.interop.laplace import backends
 from curvops.interop.laplace.backends import (
     CurvlinopsEF,
     CurvlinopsGGN,
@@ -30,3 +33,8 @@ __all__ = [
     "from_laplace_kron",
     "to_laplace_kron",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of other libraries' backends, made when they are asked for."""
+    return getattr(backends, name)
