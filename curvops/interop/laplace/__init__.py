@@ -18,6 +18,7 @@ from curvops.interop.laplace.backends import (
 )
 from curvops.interop.laplace.convert import Fitted, from_laplace
 from curvops.interop.laplace.kron import from_laplace_kron, to_laplace_kron
+from curvops.interop.laplace.matrixfree import MatrixFreeLaplace
 
 __all__ = [
     "CurvlinopsEF",
@@ -25,6 +26,7 @@ __all__ = [
     "CurvlinopsHessian",
     "Fitted",
     "LaplaceBackend",
+    "MatrixFreeLaplace",
     "NativeEF",
     "NativeGGN",
     "NativeHessian",
