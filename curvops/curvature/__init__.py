@@ -1,6 +1,7 @@
 """Curvatures: model x operator. Here the interfaces of `laplace.curvature`; those over a data set are in `curvops`."""
 
 from curvops.curvature.backends.asdl import AsdlEF, AsdlGGN, AsdlHessian, AsdlInterface
+from curvops.curvature.backends.backpack import BackPackEF, BackPackGGN, BackPackInterface
 from curvops.curvature.backends.curvlinops import (
     CurvlinopsEF,
     CurvlinopsGGN,
@@ -19,6 +20,9 @@ __all__ = [
     "AsdlGGN",
     "AsdlHessian",
     "AsdlInterface",
+    "BackPackEF",
+    "BackPackGGN",
+    "BackPackInterface",
     "CurvatureInterface",
     "CurvlinopsEF",
     "CurvlinopsGGN",

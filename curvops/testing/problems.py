@@ -238,6 +238,13 @@ _LIST = [
         lambda: _pooled(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), channels=3),
         _real(1, 4, 4),
     ),
+    Problem(
+        "cnn",
+        lambda: _net(
+            nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.Tanh(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, C)
+        ),
+        _real(1, 5, 5),
+    ),
     # Norms.
     Problem("batchnorm1d", lambda: _normed(nn.BatchNorm1d(4)), _real(4)),
     Problem("batchnorm2d", lambda: _image_norm(nn.BatchNorm2d(4)), _real(1, 3, 3)),

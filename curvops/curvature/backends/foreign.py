@@ -141,7 +141,7 @@ class ForeignProduct(DataOperator):
         per_column = max(4 * self._column_bytes, 4 * selection.full_size * self.dtype.itemsize)
         step = columns_within(self.objective.budget() // 4, self.device, per_column, max(V.shape[1], 1))
         with self._outputs.network.differentiable(), quiet():
-            parts = [self._theirs(part.contiguous()) for part in full.split(step, 1)]
+            parts = [self._theirs(plain(part).contiguous()) for part in full.split(step, 1)]
         return selection.gather(torch.cat(parts, 1).detach())
 
     def _gram(self) -> LinearOperator | None:

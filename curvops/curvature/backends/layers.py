@@ -130,6 +130,34 @@ def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str
             handle.remove()
 
 
+def error_of_rows(
+    rows: Tensor, f: Tensor, outputs: Outputs, selection: ParameterSelection, cotangents: Tensor | None
+) -> str | None:
+    """Compare rows `uᵀ J_n` that a library computed with autograd: ⟨W, J⟩ = ∇⟨Wᵀu, f⟩ for irregular weights W.
+
+    Args:
+        rows: `(B, R, P)`.
+        f: Outputs of the copy, attached to their graph.
+        outputs: The copy.
+        selection: The parameters that count.
+        cotangents: u `(B, R, *event)`, or None for the unit vectors.
+
+    Returns:
+        What is wrong, or None. Wrong rows pass for a set of weights of measure zero.
+
+    Cost: one backward.
+    """
+    W = _irregular(rows[..., 0], 2)
+    u = W if cotangents is None else torch.einsum("br,br...->b...", W, cotangents)
+    grads = torch.autograd.grad(f, outputs.selected, u.reshape(f.shape), retain_graph=True, allow_unused=True)
+    expected = selection.join_rows(list(grads), 1)[0]
+    found = torch.einsum("br,brp->p", W, rows)
+    if close(found, expected):
+        return None
+    distance = float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(f.dtype).tiny))
+    return f"departs from autograd by {distance:.1e} in the rows of the Jacobian"
+
+
 def refuse_ignored_targets(objective: Objective, library: str, way_out: str) -> None:
     """Refuse ignored targets, where a library would count their data's inputs all the same.
 
