@@ -581,6 +581,38 @@ class Centred(nn.Module):
         return f - f.mean(0)
 
 
+class Routed(nn.Module):
+    """Sends positive data through one layer, the others through another; each sees a part of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plus, self.minus = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = x[:, 0] > 0
+        f = x.new_zeros(len(x), 3)
+        f[positive] = self.plus(x[positive])
+        if not bool(positive.all()):
+            f[~positive] = self.minus(x[~positive])
+        return f
+
+
+@peers
+def test_layers_that_run_otherwise_on_later_data() -> None:
+    """The first three data take one way together: what comes later is looked at all the same."""
+    x = torch.randn(4, 4, dtype=torch.float64, generator=seeded(0))
+    x[:, 0] = torch.tensor([1.0, 2.0, 1.0, -1.0])
+    backend = AsdlGGN(Routed().double(), "classification")
+    y = torch.tensor([0, 1, 2, 0])
+    for call in (
+        lambda: backend.jacobians(x),
+        lambda: backend.diag(x, y)[1].diagonal(),
+        lambda: backend.kron(x, y, N=4)[1].to_dense(),
+    ):
+        with pytest.raises(UnsupportedLayerError, match=r"'plus' \(Linear\) ran on 3 rows for 4 data"):
+            call()
+
+
 @peers
 def test_functional_use_subclasses_and_mixed_batches() -> None:
     x, y = problems.problem("mlp").data()

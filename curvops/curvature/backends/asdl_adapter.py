@@ -214,7 +214,7 @@ class Examples:
             use(full if self.entries is None else full[:, self.entries])
 
         with self.hooked(self.library.operations.OP_BATCH_GRADS) as context:
-            self._propagate(context, self._forward(start, stop), u, each)
+            self._propagate(context, self._forward(start, stop, context), u, each)
 
     def rows(self, start: int, stop: int, u: Tensor) -> Float[Tensor, "b R P"]:
         """Gradients of data `start … stop` for cotangents `(b, R, *event)`."""
@@ -237,7 +237,7 @@ class Examples:
                     sums[i] = square if before is None else before + square
 
         with self.hooked(names.OP_COV_DIAG, *apart) as context:
-            self._propagate(context, self._forward(start, stop), u, each)
+            self._propagate(context, self._forward(start, stop, context), u, each)
             for i, (owner, module) in enumerate(zip(self.owners, self.modules, strict=True)):
                 if module not in self._apart:
                     sums[i] = (context.cov_diag(module) or {}).get(owner.role)
@@ -256,7 +256,7 @@ class Examples:
         """
         names = self.library.operations
         with self.hooked(names.OP_COV_KRON, names.OP_SAVE_INPUTS) as context:
-            f = self._forward(0, len(self.f))
+            f = self._forward(0, len(self.f), context)
             for piece in columns.chunks(COLUMNS):
                 self._propagate(context, f, piece, lambda _: None, keep=True)
             found: list[tuple[Tensor | None, Tensor | None]] = []
@@ -289,12 +289,20 @@ class Examples:
         with self.outputs.network.differentiable(), quiet(), self.library.extend(self.outputs, *rules) as context:
             yield context
 
-    def _forward(self, start: int, stop: int) -> Tensor:
+    def _forward(self, start: int, stop: int, context: Any = None) -> Tensor:
+        """f of data `start … stop`, attached; under `context` each layer must have run once, and on these data."""
         f = self.outputs(take(self.x, start, stop, len(self.f)))
         if not close(f.detach().to(self.f.dtype), self.f[start:stop]):
             raise UnsupportedError(
                 f"an example's outputs depend on the other examples, which {provenance()} takes apart; {self.way_out}"
             )
+        for owner, module in zip(self.owners, self.modules, strict=True):
+            inputs = [] if context is None else context.in_data(module) or []
+            if [len(given) for given in inputs] not in ([], [stop - start]):
+                raise UnsupportedLayerError(
+                    f"module {module_text(owner.path, module)} ran on {' and '.join(str(len(t)) for t in inputs)} rows "
+                    f"for {stop - start} data, and {provenance()} takes rows for data; {self.way_out}"
+                )
         return f
 
     def _propagate(
@@ -320,7 +328,7 @@ class Examples:
         require_only_uses(self.outputs, x, self.owners, provenance(), self.way_out)
         try:
             with self.hooked(self.library.operations.OP_BATCH_GRADS) as context:
-                f = self._forward(0, size)
+                f = self._forward(0, size, context)
                 if not f.requires_grad:
                     return
                 u = _irregular(f)
