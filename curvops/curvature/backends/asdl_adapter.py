@@ -43,6 +43,7 @@ from curvops.curvature.backends.foreign import (
 )
 from curvops.curvature.backends.layers import (
     Owner,
+    irregular,
     module_text,
     owners,
     require_only_uses,
@@ -51,7 +52,6 @@ from curvops.curvature.backends.sandbox import Outputs
 from curvops.curvature.matrixfree.cotangents import Columns
 from curvops.errors import CurvopsError, UnsupportedError, UnsupportedLayerError
 from curvops.extras import require as require_extra
-from curvops.nets import draws
 from curvops.nets.forward import take
 from curvops.nets.jacobians import close
 from curvops.nets.parameters import ParameterSelection, unwrap
@@ -331,7 +331,7 @@ class Examples:
                 f = self._forward(0, size, context)
                 if not f.requires_grad:
                     return
-                u = _irregular(f)
+                u = irregular(f, 0)
                 weights = 1.0 + torch.arange(size, dtype=self.selection.dtype, device=f.device)
                 pulled(f, self.outputs.selected, u, keep=True)
                 rows = [self._rows(context, i, size) for i in range(len(self.owners))]
@@ -373,9 +373,3 @@ def pulled(f: Tensor, tensors: list[nn.Parameter], u: Tensor, *, keep: bool) -> 
 
 def _symmetric(M: Tensor) -> Tensor:
     return (M + M.T) / 2
-
-
-def _irregular(f: Tensor) -> Tensor:
-    """Fixed numbers without a pattern, so that no sum over data, positions or outputs cancels."""
-    position = torch.zeros(1, dtype=torch.int64, device=f.device)
-    return draws.gaussians(0, position, 0, f.numel()).reshape(f.shape).to(f.dtype)

@@ -110,7 +110,7 @@ def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str
             if not f.requires_grad:
                 return
             # Irregular cotangents, so that no sum over data, positions or outputs cancels.
-            u = _irregular(f, 0)
+            u = irregular(f, 0)
             grads = torch.autograd.grad(f, outputs.selected, u, allow_unused=True, retain_graph=True)
             for owner, gradient in zip(found, grads, strict=True):
                 layer = outputs.module.get_submodule(owner.path)
@@ -118,7 +118,7 @@ def require_only_uses(outputs: Outputs, x: Any, found: list[Owner], library: str
                     owner, layer, inputs[owner.path], gradients.get(owner.path), gradient, library, way_out
                 )
             before = dict(gradients)
-            weights = 1.5 + _irregular(f[:, 0, 0] if f.dim() == 3 else f[:, 0], 1).tanh()
+            weights = 1.5 + irregular(f[:, 0, 0] if f.dim() == 3 else f[:, 0], 1).tanh()
             torch.autograd.grad(f, outputs.selected, u * _per_row(weights, u), allow_unused=True)
             for owner in found:
                 layer = outputs.module.get_submodule(owner.path)
@@ -147,7 +147,7 @@ def error_of_rows(
 
     Cost: one backward.
     """
-    W = _irregular(rows[..., 0], 2)
+    W = irregular(rows[..., 0], 2)
     u = W if cotangents is None else torch.einsum("br,br...->b...", W, cotangents)
     grads = torch.autograd.grad(f, outputs.selected, u.reshape(f.shape), retain_graph=True, allow_unused=True)
     expected = selection.join_rows(list(grads), 1)[0]
@@ -186,8 +186,8 @@ def module_text(path: str, module: nn.Module) -> str:
     return f"{path or '(the model itself)'!r} ({type(module).__name__})"
 
 
-def _irregular(like: Tensor, sample: int) -> Tensor:
-    """Fixed numbers without a pattern, of a tensor's shape."""
+def irregular(like: Tensor, sample: int) -> Tensor:
+    """Fixed numbers without a pattern, of a tensor's shape: no sum of them cancels by chance."""
     position = torch.zeros(1, dtype=torch.int64, device=like.device)
     return draws.gaussians(0, position, sample, like.numel()).reshape(like.shape).to(like.dtype)
 
