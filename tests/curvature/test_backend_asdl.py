@@ -195,6 +195,9 @@ def test_arguments_are_those_of_the_documentation() -> None:
     for cls in (AsdlEF, AsdlHessian):
         backend = cls(model, p.loss(), False, "a", "labels")
         assert backend.subnetwork_indices is None
+        chosen = torch.tensor([5, 0, 12])
+        part = cls(model, p.loss(), dict_key_x="a", subnetwork_indices=chosen).full(x, y)[1].to_dense()
+        assert reference.relative_error(part, matrix(cls, p)[chosen][:, chosen]) < 1e-9
         assert backend._get_batch_size(x) == 4
         assert reference.relative_error(backend.full(x, y)[1].to_dense(), matrix(cls, p)) < 1e-9
     J = reference.jacobian(model, x)

@@ -158,8 +158,8 @@ class AsdlEF(AsdlInterface, EFInterface):
     """The empirical Fisher by ASDL, in the scale of `EFInterface`: for regression twice `co.EmpiricalFisher`.
 
     Args:
-        model, likelihood, last_layer, dict_key_x, dict_key_y, generator: As for `CurvatureInterface`;
-            `subnetwork_indices` may be set as an attribute.
+        model, likelihood, last_layer, dict_key_x, dict_key_y, generator: As for `CurvatureInterface`, in this order.
+        subnetwork_indices: The same; by name only.
     """
 
     def __init__(
@@ -170,8 +170,10 @@ class AsdlEF(AsdlInterface, EFInterface):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
+        *,
+        subnetwork_indices: Tensor | None = None,
     ) -> None:
-        super().__init__(model, likelihood, last_layer, None, dict_key_x, dict_key_y, generator)
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, generator)
 
     def _full(self, objective: Objective) -> LinearOperator:
         return (1.0 / self.factor) * AsdlProduct.of(objective, native=EmpiricalFisher)
@@ -187,7 +189,7 @@ class AsdlHessian(AsdlInterface, HessianInterface):
     memory budget. `kron` is refused: a Hessian has no such factors.
 
     Args:
-        model, likelihood, last_layer, dict_key_x, dict_key_y, generator: As for `AsdlEF`.
+        model, likelihood, last_layer, dict_key_x, dict_key_y, generator, subnetwork_indices: As for `AsdlEF`.
     """
 
     def __init__(
@@ -198,8 +200,10 @@ class AsdlHessian(AsdlInterface, HessianInterface):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
+        *,
+        subnetwork_indices: Tensor | None = None,
     ) -> None:
-        super().__init__(model, likelihood, last_layer, None, dict_key_x, dict_key_y, generator)
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, generator)
 
     def _full(self, objective: Objective) -> LinearOperator:
         return AsdlHessianProduct.of(objective, native=Hessian)
