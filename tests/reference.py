@@ -139,12 +139,15 @@ def mc_fisher(model: nn.Module, x: Any, pseudo_gradients: Sequence[Tensor], para
     return total
 
 
-def hessian(model: nn.Module, loss: LossFn, x: Any, y: Tensor, params: Any = None) -> Tensor:
-    """Hessian of the summed loss, `(P, P)`, row by row by double backward (never `torch.func.hessian`)."""
+def hessian(model: nn.Module, loss: LossFn, x: Any, y: Tensor, params: Any = None, *, together: bool = False) -> Tensor:
+    """Hessian of the summed loss, `(P, P)`, row by row by double backward (never `torch.func.hessian`).
+
+    One datum at a time, or all in one graph: `together`, for many data.
+    """
     tensors = parameters(model, params)
     total = 0.0
-    for i in range(length(x)):
-        g = gradient(loss(outputs(model, one(x, i)), y[i : i + 1]), tensors, create_graph=True)
+    for x_i, y_i in [(x, y)] if together else [(one(x, i), y[i : i + 1]) for i in range(length(x))]:
+        g = gradient(loss(outputs(model, x_i), y_i), tensors, create_graph=True)
         total = total + torch.stack([gradient(entry, tensors) for entry in g]).detach()
     return torch.as_tensor(total)[columns(params)][:, columns(params)]
 

@@ -27,7 +27,8 @@ class Permuted(LinearOperator):
 
     def __init__(self, operator: LinearOperator, order: Tensor) -> None:
         rows, columns = operator.shape
-        order = torch.as_tensor(order).to(operator.device)
+        # as_tensor would carry a tensor off to torch's default device
+        order = order.to(operator.device) if isinstance(order, Tensor) else torch.tensor(order, device=operator.device)
         if rows != columns:
             raise ShapeError(f"Permuted expects a square operator; {operator!r} is {rows} x {columns}.")
         if order.is_floating_point() or not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):

@@ -60,7 +60,7 @@ def G(problem) -> Tensor:
 
 @pytest.fixture(scope="module")
 def H(problem) -> Tensor:
-    return reference.hessian(problem.model, reference.nll("classification"), problem.x, problem.y)
+    return reference.hessian(problem.model, reference.nll("classification"), problem.x, problem.y, together=True)
 
 
 @pytest.fixture(scope="module")
