@@ -51,7 +51,7 @@ class Outer:
     def squares(self) -> Float[Tensor, " p"]:
         if self.positions == 1:
             return self.squared_product(self.g[:, :, 0].square().sum(0))
-        K, B, T, G, O = self.g.shape
+        _, B, _, G, O = self.g.shape
         total = None
         # Column by column, and so few examples at a time that their gradients are squared before they leave the caches.
         for rows in _slices(B, self.a[0, 0].numel() * O, SQUARED):

@@ -30,7 +30,7 @@ CPU_COLUMN_BYTES = 2**23
 """On a CPU, columns whose transients exceed this are pulled back one by one."""
 
 CPU_GRAPH_BYTES = 2**23
-"""On a CPU, graphs larger than this are made of fewer examples: what one operation leaves, the next finds in the caches."""
+"""On a CPU, graphs larger than this are cut into fewer examples, so that the caches hold what one operation leaves."""
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
 
 def _outputs(g: Tensor) -> Tensor:
     """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`."""
-    K, B, T, G, O = g.shape
+    T, G, O = g.shape[2:]
     if G == 1 and O < 2 * _PANEL and T >= O and g.stride(2) < g.stride(4):
         # Positions last in memory, as convolutions have them: a product per example needs no copy.
         X = g[:, :, :, 0].flatten(0, 1)
