@@ -134,6 +134,8 @@ def test_what_laplace_torch_cannot_hold_is_refused_by_name() -> None:
     p = problem("mlp")
     with pytest.raises(UnsupportedError, match=r'joint one of \[.*\]; .*by="parameter"'):
         ours.to_laplace_kron(co.BlockGGN(p.model(), p.loss(), p.data(), by="module"))
+    with pytest.raises(UnsupportedError, match=r'joint one of .*weight_and_bias="separate"'):
+        ours.to_laplace_kron(co.KFAC(p.model(), p.loss(), p.data(), weight_and_bias="joint"))
     with pytest.raises(UnsupportedError, match="joint one of"):
         ours.to_laplace_kron(co.GGN(p.model(), p.loss(), p.data()))
     with pytest.raises(UnsupportedError, match="neither a Kronecker product of two factors"):

@@ -123,7 +123,8 @@ def _names(operator: LinearOperator) -> list[str]:
         if position not in starts or len(inside) != 1 or layout[inside[0]].stop != stop:
             raise UnsupportedError(
                 f"the block {block!r} of entries {position:,} to {stop:,} is a joint one of {inside}; "
-                'laplace-torch keeps one per parameter: build it with by="parameter", or hand over its to_dense()'
+                'laplace-torch keeps one per parameter: build it with weight_and_bias="separate" (KFAC) or '
+                'by="parameter" (dense blocks), or hand over its to_dense() as a full curvature'
             )
         names.append(f"of {starts[position]!r}")
         position = stop
