@@ -37,7 +37,7 @@ EIGHT = (
     "CurvlinopsGGN", "CurvlinopsEF", "CurvlinopsHessian", "BackPackGGN", "BackPackEF", "AsdlGGN", "AsdlEF",
     "AsdlHessian",
 )  # fmt: skip
-NAMES = tuple(name for name in (*EIGHT, *NATIVE) if hasattr(ours, name))
+NAMES = (*EIGHT, *NATIVE)
 
 
 def reference(name: str, subset: str, structure: str) -> str | None:

@@ -272,6 +272,15 @@ def test_gradients_reach_prior_and_noise(structure: str) -> None:
     close(gradients, (by_prior, by_sigma))
 
 
+def test_a_matrix_free_posterior() -> None:
+    la = fitted(ours.NativeGGN, "regression", "all", "matrix_free", sigma_noise=0.5)
+    found = ours.from_laplace(la)
+    assert found.curvature is la.H
+    full = ours.from_laplace(fitted(ours.NativeGGN, "regression", "all", "full", sigma_noise=0.5))
+    close(found.log_evidence(), full.log_evidence())
+    close(found.posterior.precision.to_dense(), full.posterior.precision.to_dense())
+
+
 def test_refitting_changes_no_copy() -> None:
     for structure in ("full", "kron", "diag"):
         la = fitted(ours.NativeGGN, "regression", "all", structure)

@@ -243,13 +243,8 @@ NativeHessian = backend(curvature.HessianInterface, "NativeHessian")
 CurvlinopsGGN = backend(curvature.CurvlinopsGGN)
 CurvlinopsEF = backend(curvature.CurvlinopsEF)
 CurvlinopsHessian = backend(curvature.CurvlinopsHessian)
-
-_BY_OTHERS = ("BackPackGGN", "BackPackEF", "AsdlGGN", "AsdlEF", "AsdlHessian")
-
-
-def __getattr__(name: str) -> Any:
-    """The classes of other libraries' backends, made when they are asked for."""
-    if name not in _BY_OTHERS or not hasattr(curvature, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = globals()[name] = backend(getattr(curvature, name))
-    return made
+BackPackGGN = backend(curvature.BackPackGGN)
+BackPackEF = backend(curvature.BackPackEF)
+AsdlGGN = backend(curvature.AsdlGGN)
+AsdlEF = backend(curvature.AsdlEF)
+AsdlHessian = backend(curvature.AsdlHessian)

@@ -90,7 +90,7 @@ def from_laplace(la: Any, generator: torch.Generator | None = None) -> Fitted:
     if not la.n_data or la.H is None:
         raise DataError(f"from_laplace: this {type(la).__name__} is not fitted; call fit(train_loader) first.")
     curvature, indices = _curvature(la), _indices(la)
-    mean = (la.mean if indices is None else la.mean[indices]).detach().clone()
+    mean = (la.mean if indices is None else la.mean[indices]).detach().clone().to(curvature.dtype)
     scale, sigma = _kept(la._H_factor), _kept(la.sigma_noise)
     prior = _prior(la, curvature)
     return Fitted(
