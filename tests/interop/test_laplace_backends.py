@@ -29,6 +29,7 @@ import curvops.interop.laplace as ours
 pytestmark = [
     pytest.mark.peers,
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),  # of laplace-torch's ASDL
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # of laplace-torch's BackPACK
 ]
 
 LIKELIHOODS = ("regression", "classification")

@@ -25,7 +25,10 @@ from laplace import Laplace, marglik_training
 import curvops.interop.laplace as ours
 from curvops.report.digits import digits
 
-pytestmark = pytest.mark.peers
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # of laplace-torch's BackPACK
+]
 
 Example = Callable[[Any], list[Any]]
 
