@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
 from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.graph import graph_bytes
+from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
 from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.mixing import require_independent
@@ -34,6 +35,9 @@ _AtEdges = dict[tuple[Any, int], Tensor | None]
 
 Layout = Literal["batch first", "batch last", "shared"]
 """How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+Place = Literal["everywhere", "head", "body"]
+"""Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
 
 _WITNESSES = 3
 """Examples on which the rows' ownership is established."""
@@ -144,6 +148,7 @@ class Capture(_Kept):
         outputs: f, detached.
         fallback: Positions of the parameters that no rule covers.
         unused: Positions of the parameters that the outputs do not depend on.
+        head: The last layer, where the parameters behind it can be asked for by cotangents of its features.
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
@@ -157,29 +162,45 @@ class Capture(_Kept):
         self._readings: list[list[_Reading] | None] = []
         self._values: dict[tuple[int, int], Tensor] = {}
         self.fallback: list[int] = []
+        self.head: Head | None = None
         self.unused = [i for i, sites in enumerate(self._sites) if not sites]
 
     # ---- what is asked ------------------------------------------------------------------------------------------
 
-    def factors(self, U: Float[Tensor, "*f K"]) -> list[Factors | None]:
+    def factors(self, U: Float[Tensor, "*f K"], place: Place = "everywhere") -> list[Factors | None]:
         """Per-example gradients along K cotangents, factored, one entry per parameter; None where they are zero.
 
         Args:
-            U: `(*f.shape, K)`: row n of column k is the k-th cotangent of example n.
+            U: `(*f.shape, K)`: row n of column k is the k-th cotangent of example n. For the "body" cotangents of the
+                head's features, `(B, [T,] d, K)`.
+            place: Whose are wanted, where there is a `head`; the others' are None.
 
         Cost: the backward of K columns through the activations; no gradient of a parameter is formed, except in the
-        fallback, which pulls back every example's cotangents through the whole network.
+        fallback, which pulls back every example's cotangents through the whole network. Those of the head are free.
         """
-        self._check(U, tuple(self.outputs.shape), "factors")
+        head = self.head if place != "everywhere" else None
+        last = self.outputs.shape[-1] if head is None or place == "head" else head.weight.shape[0]
+        self._check(U, (*self.outputs.shape[:-1], last), "factors")
         B = self.outputs.shape[0]
-        grads = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
+        wanted = [
+            [] if readings is None or (head is not None and (i in head.parameters) != (place == "head")) else readings
+            for i, readings in enumerate(self._readings)
+        ]
+        edges = [r.tap.edge for readings in wanted for r in readings]
+        rows = U.movedim(-1, 0).flatten(1, -2)
+        if head is None:
+            grads = self._pulled_to(edges, U)
+        elif place == "head":
+            grads: _AtEdges = {_key(head.output): rows}
+        else:
+            grads = self._pulled(edges, head.features, rows)
 
         def read(i: int, readings: list[_Reading]) -> Factors | None:
             found = [(j, r, grads[_key(r.tap.edge)]) for j, r in enumerate(readings)]
             parts = [self._part((i, j), r, g.detach(), B) for j, r, g in found if g is not None]
             return Factors(self.selection.sizes[i], parts) if parts else None
 
-        result = self._guarded(lambda: [read(i, readings or []) for i, readings in enumerate(self._readings)])
+        result = self._guarded(lambda: [read(i, readings) for i, readings in enumerate(wanted)])
         if self.fallback:
             for i, rows in zip(self.fallback, self._rows(U), strict=True):
                 result[i] = Factors(self.selection.sizes[i], [Direct(rows)])
@@ -195,6 +216,7 @@ class Capture(_Kept):
         self._released = True
         self._f = self.outputs
         self._users, self._sites, self._taps, self._readings, self._values = {}, [], [], [], {}
+        self.head = None
 
     # ---- which rows are whose -----------------------------------------------------------------------------------
 
@@ -241,6 +263,7 @@ class Capture(_Kept):
             self._readings.append(readings)
         as_learned = all(plan.layouts[i] is None for i in self.fallback)
         self._check_ownership()
+        self.head = None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
         return as_learned
 
     def layouts(self, examples: Sequence[int]) -> tuple[list[list[Layout] | None], bool]:
@@ -358,10 +381,14 @@ class Capture(_Kept):
 
     def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor) -> _AtEdges:
         """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
+        return self._pulled(edges, self._f, U.movedim(-1, 0))
+
+    def _pulled(self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor) -> _AtEdges:
+        """K cotangents of what is at `start`, `(K, …)`, pulled back."""
         wanted = {_key(edge): edge for edge in edges}
         if not wanted:
             return {}
-        found = self._grad([self._f], list(wanted.values()), [U.movedim(-1, 0)])  # type: ignore[list-item]
+        found = self._grad([start], list(wanted.values()), [g])  # type: ignore[list-item]
         return dict(zip(wanted, found, strict=True))
 
     # ---- reading ------------------------------------------------------------------------------------------------

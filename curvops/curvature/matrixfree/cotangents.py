@@ -9,7 +9,7 @@ unless they are told apart by independent random signs: then R columns have the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ class Cotangents:
             return columns
         positions = torch.arange(batch.position, batch.position + len(f), device=f.device)
         signs = draws.uniforms(self.seed, positions, 0, f.shape[1], stream=_SIGNS).sub(0.5).sign().to(f.dtype)
-        return Columns(S * signs[..., None, None], apart=False)
+        return Columns(S, apart=False, signs=signs)
 
     def separate(self) -> Cotangents:
         """The same with the positions of a sequence kept apart."""
@@ -153,22 +153,30 @@ class Cotangents:
 
 @dataclass(frozen=True)
 class Columns:
-    """`S` (B, C, R) or (B, T, C, R); `apart` where each position has columns of its own."""
+    """`S` (B, C, R) or (B, T, C, R); `apart` where each position has columns of its own, else perhaps a random sign."""
 
     S: Float[Tensor, "*f R"]
     apart: bool
+    signs: Float[Tensor, "B T"] | None = None
 
     @property
     def count(self) -> int:
         """K, columns in all."""
         return self.S.shape[-1] * (self.S.shape[1] if self.apart else 1)
 
+    def through(self, root: Callable[[Tensor], Tensor]) -> Columns:
+        """The same columns of another root, each datum's and position's made of the one here."""
+        # Columns first in memory, since they are taken one by one.
+        S = root(self.S).movedim(-1, 0).contiguous().movedim(0, -1)
+        return replace(self, S=S)
+
     def chunks(self, step: int) -> Iterator[Float[Tensor, "*f k"]]:
         """The columns in groups of at most `step`, each `(*f.shape, k)`."""
         for start in range(0, self.count, step):
             stop = min(self.count, start + step)
             if not self.apart:
-                yield self.S[..., start:stop]
+                some = self.S[..., start:stop]
+                yield some if self.signs is None else some * self.signs[..., None, None]
                 continue
             R = self.S.shape[-1]
             number = torch.arange(start, stop, device=self.S.device)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from curvops.curvature.matrixfree.cotangents import Cotangents
+from curvops.curvature.matrixfree.cotangents import Columns, Cotangents
 from curvops.curvature.objective import Objective
 from curvops.errors import NumericalWarning
 from curvops.nets.batches import Batch
-from curvops.nets.capture import Layers
+from curvops.nets.capture import Capture, Layers, Place
 from curvops.nets.factors import Factors
 from curvops.nets.forward import take
 from curvops.nets.likelihood import Likelihood
@@ -30,7 +30,10 @@ CPU_COLUMN_BYTES = 2**23
 """On a CPU, columns whose transients exceed this are pulled back one by one."""
 
 CPU_GRAPH_BYTES = 2**23
-"""On a CPU, graphs larger than this are cut into fewer examples, so that the caches hold what one operation leaves."""
+"""On a CPU, larger graphs are made of fewer examples: what one operation leaves, the next finds in the caches."""
+
+_DECOMPOSITION = 20
+"""How much longer than those of a product the operations of a QR decomposition take."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Step:
     Attributes:
         factors: Per parameter; None where the gradients are zero.
         active: `(b,)` or `(b, T)`: which data and positions count (False at ignored targets).
-        first: Whether these are the first columns of their examples.
+        first: Whether these are the first columns of their examples, for the parameters that have factors here.
         last: Whether they are the last.
         outputs: f of the examples.
     """
@@ -61,6 +64,8 @@ class LayerPass:
         together: Have all columns of an example in one step where memory allows, rather than what suits the caches.
         examples: `columns per example → most examples in a step`; None for what fits.
         report_unused: Warn once of parameters that the outputs do not depend on.
+        narrow: Allow a last layer columns of its own, and the parameters behind it fewer: for what is a sum over the
+            columns of each parameter (and a bias's weight) alone.
 
     Attributes:
         fallback: Names of the parameters that no layer rule covers, known after a pass.
@@ -75,9 +80,10 @@ class LayerPass:
         together: bool = False,
         examples: Callable[[int], int] | None = None,
         report_unused: bool = True,
+        narrow: bool = False,
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
-        self._together, self._most = together, examples
+        self._together, self._most, self._narrow = together, examples, narrow
         self.layers = Layers(objective.network, objective.selection, byte_budget=self._budget())
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
@@ -97,14 +103,12 @@ class LayerPass:
         """
         self.objective.refresh()
         for batch in self.objective.batches():
-            outputs = []
-            for step in self._chunks(batch):
-                if step.first:
-                    outputs.append(step.outputs)
-                yield step
+            outputs: list[Tensor] = []
+            yield from self._chunks(batch, outputs)
             self.objective.observe(batch, torch.cat(outputs))
 
-    def _chunks(self, batch: Batch) -> Iterator[Step]:
+    def _chunks(self, batch: Batch, outputs: list[Tensor]) -> Iterator[Step]:
+        """The batch's steps; every chunk's outputs are appended to `outputs`."""
         size = batch.y.shape[0]
         self.layers.learn(batch.x, size)
         likelihood = self.objective.likelihood
@@ -125,12 +129,28 @@ class LayerPass:
                     most = fitting
                     continue
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
-                groups = list(columns.chunks(self._step(len(part.y), room)))
-                for i, U in enumerate(groups):
-                    yield Step(capture.factors(U), active, i == 0, i == len(groups) - 1, capture.outputs)
+                outputs.append(capture.outputs)
+                for place, some in self._roots(capture, columns):
+                    # The head's columns are there already; others are pulled back as many at a time as suits.
+                    at_once = some.count if place == "head" and not some.apart else self._step(len(part.y), room)
+                    number = -(-some.count // at_once)
+                    for i, U in enumerate(some.chunks(at_once)):
+                        yield Step(capture.factors(U, place), active, i == 0, i == number - 1, capture.outputs)
             finally:
                 capture.release()
             start += len(part.y)
+
+    def _roots(self, capture: Capture, columns: Columns) -> list[tuple[Place, Columns]]:
+        """Which columns are pulled back to which parameters."""
+        head, R = capture.head, columns.S.shape[-1]
+        if not self._narrow or head is None or head.weight.shape[0] >= R:
+            return [("everywhere", columns)]
+        d = head.weight.shape[0]
+        behind = sum(p for i, p in enumerate(self.objective.selection.sizes) if i not in head.parameters)
+        # A column less saves a product per parameter and row; the decomposition runs far below a product's speed.
+        if (R - d) * behind <= _DECOMPOSITION * R * d**2:
+            return [("everywhere", columns)]
+        return [("head", replace(columns, signs=None)), ("body", columns.through(head.root))]
 
     def _cached(self) -> int:
         """Examples whose graph suits the caches of a CPU; more where sums of the parameters' size outweigh it."""

@@ -16,9 +16,11 @@ from curvops.curvature.matrixfree.fisher import Datum
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.curvature.structured.expected import Expected, expected, module_of
-from curvops.curvature.structured.statistics import Approx, Fallback, Moments, Statistics, has_pairs
+from curvops.curvature.structured.moments import Moments
+from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, has_pairs
 from curvops.curvature.structured.units import ApartError, Unit, WeightAndBias, units_of
 from curvops.errors import UnsupportedError, UnsupportedLayerError
+from curvops.nets.factors import Factors
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import Layout, LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -172,7 +174,7 @@ class Sums:
     def __init__(self, objective: Objective, cotangents: Cotangents, choice: Choice) -> None:
         self.objective, self.cotangents, self.choice = objective, cotangents, choice
         self.units = units_of(objective.model, objective.selection, choice.weight_and_bias)
-        self.passes = LayerPass(objective, cotangents)
+        self.passes = LayerPass(objective, cotangents, narrow=True)
         self._lock = threading.Lock()
         self._apart: set[tuple[int, ...]] = set()
         self._exact: set[tuple[int, ...]] = set()
@@ -213,29 +215,30 @@ class Sums:
     @torch.no_grad()
     def _summed(self, parts: list[list[Unit]], found: list[list[Statistics]]) -> bool:
         """One pass; False where it has to begin again."""
+        every = [pair for group, totals in zip(parts, found, strict=True) for pair in zip(group, totals, strict=True)]
+        moments = Moments(self.choice.approx)
         for step in self.passes:
-            moments = Moments()
-            for group, totals in zip(parts, found, strict=True):
-                for part, total in zip(group, totals, strict=True):
-                    try:
-                        factors = part.of(step.factors)
-                    except ApartError:
-                        self._apart.add(part.positions)
-                        return False
-                    if factors is None:
-                        continue
-                    exact = part.positions in self._exact or not has_pairs(factors)
-                    if exact and total.pairs:
-                        self._exact.add(part.positions)
-                        return False
-                    if exact:
-                        self._refuse(part)
-                        total.add_exact(factors, self.choice.fallback)
-                    elif total.exact is not None:
-                        self._exact.add(part.positions)
-                        return False
-                    else:
-                        total.add(factors, step.active, step.first, moments)
+            used: dict[int, Factors] = {}
+            for number, (part, total) in enumerate(every):
+                try:
+                    factors = part.of(step.factors)
+                except ApartError:
+                    self._apart.add(part.positions)
+                    return False
+                if factors is None:
+                    continue
+                exact = part.positions in self._exact or not has_pairs(factors)
+                if moments.knows(number) if exact else total.exact is not None:
+                    self._exact.add(part.positions)
+                    return False
+                if exact:
+                    self._refuse(part)
+                    total.add_exact(factors, self.choice.fallback)
+                else:
+                    used[number] = factors
+            moments.add(used, step.active, step.first)
+        for number, pairs in moments.pairs().items():
+            every[number][1].pairs = pairs
         return True
 
     def _refuse(self, part: Unit) -> None:

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
-from curvops.nets.factors import Factors, Lookup, Outer, Part, Shift, block
+from curvops.nets.factors import Factors, Lookup, Outer, Shift, block
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.kronecker import Kronecker
 from curvops.operators.permuted import Permuted
-
-_PANEL = 64
-"""Columns of a panel of a symmetric product."""
 
 Approx = Literal["expand", "reduce"]
 Fallback = Literal["diag", "full", "raise"]
@@ -90,23 +87,6 @@ class Statistics:
         self.approx: Approx = approx
         self.pairs: dict[object, Pair] = {}
         self.exact: Tensor | None = None
-
-    def add(self, factors: Factors, active: Tensor, first: bool, moments: Moments) -> None:
-        """Some columns of some examples.
-
-        Args:
-            factors: Of the parameter; `has_pairs` of them.
-            active: `(B,)` or `(B, T)`, what counts.
-            first: Whether the examples come for the first time, so that their inputs count.
-            moments: What other parameters of the same columns have computed.
-        """
-        for part in factors.parts:
-            key, pair = _pair(part, active, self.approx, first, moments)
-            if key not in self.pairs:
-                # A copy, since a weight and its bias were given the same B, and sums are made in place.
-                self.pairs[key] = Pair(pair.flipped, pair.A, pair.B.clone(), pair.terms)
-            else:
-                _accumulate(self.pairs[key], pair)
 
     def add_exact(self, factors: Factors, fallback: Fallback) -> None:
         """Some columns of some examples, to the exact block: its diagonal, or for "full" all of it."""
@@ -215,98 +195,3 @@ def _factor(factor: Tensor, group: int) -> LinearOperator:
 def _square(factor: Tensor | None) -> Tensor:
     assert factor is not None
     return torch.diag(factor) if factor.dim() == 1 else factor[0]
-
-
-def _accumulate(total: Pair, new: Pair) -> None:
-    total.B += new.B
-    if new.terms:
-        if total.A is not None and new.A is not None:
-            total.A += new.A
-        total.terms = (total.terms or 0.0) + new.terms
-
-
-class Moments:
-    """Second moments of one step's output derivatives, each computed once: a weight and its bias share theirs."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-
-    def outputs(self, g: Tensor, together: bool) -> Tensor:
-        """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`, positions summed first where they are `together`."""
-        key = (g.data_ptr(), g.shape, tuple(s for s, n in zip(g.stride(), g.shape, strict=True) if n > 1), together)
-        if key not in self._found:  # g is kept with the answer, so that its address is not given to another tensor
-            self._found[key] = g, _outputs(g.sum(2, keepdim=True) if together else g)
-        return self._found[key][1]
-
-
-def _pair(part: Part, active: Tensor, approx: Approx, first: bool, moments: Moments) -> tuple[object, Pair]:
-    assert isinstance(part, Outer | Lookup | Shift)
-    # Averages over positions would make a lookup's A dense; its positions stay apart in both approximations.
-    together = approx == "reduce" and not isinstance(part, Lookup)
-    weight = _weight(part, active) if first else None
-    if isinstance(part, Outer):
-        B = moments.outputs(part.g, together)
-        A, terms = _inputs(part.a, weight, together)
-        return ("outer", part.flipped, *B.shape), Pair(part.flipped, A, B, terms)
-    B = moments.outputs(part.g.unsqueeze(3), together)
-    if isinstance(part, Shift):
-        terms = 0.0 if weight is None else float(weight.amax(1).sum() if together else weight.sum())
-        return ("shift", *B.shape), Pair(False, None, B, terms)
-    if weight is None:
-        return ("lookup",), Pair(True, None, B, 0.0)
-    counts = part.g.new_zeros(part.size).index_add_(0, part.index.reshape(-1), weight.reshape(-1))
-    return ("lookup",), Pair(True, counts, B, float(weight.sum()))
-
-
-def _inputs(a: Tensor, weight: Tensor | None, together: bool) -> tuple[Tensor | None, float]:
-    """Σ a aᵀ `(G, I, I)` over examples and positions, or over examples with positions averaged; and the terms."""
-    if weight is None:
-        return None, 0.0
-    if together:
-        count = weight.sum(1)
-        mean = torch.einsum("bt,btgi->bgi", weight, a) / count.clamp(min=1)[:, None, None]
-        return _second_moment(mean.permute(1, 2, 0)), float((count > 0).sum())
-    if not bool(weight.all()):
-        a = a * weight[:, :, None, None]
-    return _second_moment(a.permute(2, 3, 0, 1).flatten(2)), float(weight.sum())
-
-
-def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
-    """`(B, T)`: 1 where a position counts. Positions in step with those of the targets follow them one by one."""
-    B, T = (part.a if isinstance(part, Outer) else part.index).shape[:2] if not isinstance(part, Shift) else (
-        part.g.shape[1:3]
-    )  # fmt: skip
-    if active.dim() == 2 and active.shape[1] == T:
-        return active.to(part.g.dtype)
-    return active.reshape(B, -1).any(1, keepdim=True).expand(B, T).to(part.g.dtype)
-
-
-def _outputs(g: Tensor) -> Tensor:
-    """Σ g gᵀ `(G, O, O)` for g `(K, B, T, G, O)`."""
-    T, G, O = g.shape[2:]
-    if G == 1 and O < 2 * _PANEL and T >= O and g.stride(2) < g.stride(4):
-        # Positions last in memory, as convolutions have them: a product per example needs no copy.
-        X = g[:, :, :, 0].flatten(0, 1)
-        return torch.addbmm(g.new_zeros(O, O), X.transpose(1, 2), X).unsqueeze(0)
-    return _second_moment(g.permute(3, 4, 0, 1, 2).flatten(2))
-
-
-def _second_moment(X: Tensor) -> Tensor:
-    """X Xᵀ for each group, X `(G, d, n)` → `(G, d, d)`."""
-    if X.shape[0] > 1:
-        return X @ X.transpose(1, 2)
-    X = X[0]
-    d = X.shape[0]
-    if d < 2 * _PANEL:
-        return (X @ X.T).unsqueeze(0)
-    # Torch has no symmetric product; in panels of rows nearly half of the work is saved.
-    total = X.new_empty(d, d)
-    for start in range(0, d, _PANEL):
-        stop = min(d, start + _PANEL)
-        torch.mm(X[start:stop], X[start:].T, out=total[start:stop, start:])
-    for start in range(0, d, 2 * _PANEL):
-        stop = min(d, start + 2 * _PANEL)
-        total[stop:, start:stop] = total[start:stop, stop:].T
-        middle = start + _PANEL
-        total[middle:stop, start:middle] = total[start:middle, middle:stop].T
-    return total.unsqueeze(0)

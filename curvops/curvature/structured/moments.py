@@ -1,0 +1,179 @@
+"""The second moments that KFAC's factors are, summed over a pass, each once and in place.
+
+What shares an operand shares its moment: a weight and its bias the output derivatives, projections of one tensor their
+inputs. Torch has no symmetric product: the sums are made in panels of the upper triangle, which saves nearly half of
+the work, and mirrored at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from curvops.curvature.structured.statistics import Approx, Pair
+from curvops.nets.factors import Factors, Lookup, Outer, Shift
+
+PANEL = 64
+"""Rows of a panel of a symmetric product."""
+
+_Use = tuple[int, object]
+"""Whose use of a parameter it is, and its kind."""
+
+
+class SymmetricSum:
+    """Σ x xᵀ `(G, d, d)` over vectors that come in several goes."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, X: Float[Tensor, "G d n"]) -> None:
+        """n vectors of each group, in any layout. About G·n·d² operations."""
+        G, d, _ = X.shape
+        total, kept = self._prepared(X, G, d)
+        if G > 1:
+            total.baddbmm_(X, X.transpose(1, 2), beta=kept)
+            return
+        step = PANEL if d >= 2 * PANEL else d
+        for start in range(0, d, step):
+            rows = X[0, start : start + step]
+            total[0, start : start + step, start:].addmm_(rows, X[0, start:].T, beta=kept)
+
+    def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
+        """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
+        total, kept = self._prepared(X, 1, X.shape[1])
+        total[0].addbmm_(X, X.transpose(1, 2), beta=kept)
+
+    def value(self) -> Float[Tensor, "G d d"]:
+        """The sum."""
+        assert self._total is not None
+        total = self._total.clone()
+        if len(total) == 1 and total.shape[1] >= 2 * PANEL:
+            for start in range(0, total.shape[1], PANEL):
+                stop = start + PANEL
+                total[0, stop:, start:stop] = total[0, start:stop, stop:].T
+        return total
+
+    def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
+        """Where to sum, and what to multiply the sum so far with: 0 as long as there is none."""
+        if self._total is not None:
+            return self._total, 1
+        self._total = X.new_empty(G, d, d)
+        return self._total, 0
+
+
+class Moments:
+    """The factor pairs of one pass.
+
+    Args:
+        approx: As for `KFAC`.
+    """
+
+    def __init__(self, approx: Approx) -> None:
+        self.approx: Approx = approx
+        self._flipped: dict[_Use, bool] = {}
+        self._terms: dict[_Use, float] = {}
+        self._counts: dict[_Use, Tensor] = {}
+        # By all the uses that share an operand in a step; in the next one others may.
+        self._inputs: dict[tuple[_Use, ...], SymmetricSum] = {}
+        self._outputs: dict[tuple[_Use, ...], SymmetricSum] = {}
+
+    def add(self, used: Mapping[int, Factors], active: Bool[Tensor, "*b"], first: bool) -> None:
+        """Some columns of some examples.
+
+        Args:
+            used: Whose factors → the factors; `has_pairs` of them.
+            active: `(B,)` or `(B, T)`, what counts.
+            first: Whether the examples come for the first time, so that their inputs count.
+        """
+        inputs: dict[object, tuple[Tensor, Tensor, bool, list[_Use]]] = {}
+        outputs: dict[object, tuple[Tensor, bool, list[_Use]]] = {}
+        for number, factors in used.items():
+            for part in factors.parts:
+                assert isinstance(part, Outer | Lookup | Shift)
+                # Averages over positions would make a lookup dense: its positions stay apart in both approximations.
+                together = self.approx == "reduce" and not isinstance(part, Lookup)
+                use = (number, _kind(part))
+                g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
+                outputs.setdefault((_identity(g), together), (g, together, []))[2].append(use)
+                if use not in self._flipped:
+                    self._flipped[use] = part.flipped if isinstance(part, Outer) else isinstance(part, Lookup)
+                    self._terms[use] = 0.0
+                if not first:
+                    continue
+                weight = _weight(part, active)
+                self._terms[use] += float((weight.amax(1) if together else weight).sum())
+                if isinstance(part, Outer):
+                    inputs.setdefault(_identity(part.a), (part.a, weight, together, []))[3].append(use)
+                if isinstance(part, Lookup):
+                    counts = self._counts.setdefault(use, part.g.new_zeros(part.size))
+                    counts.index_add_(0, part.index.reshape(-1), weight.reshape(-1))
+        for a, weight, together, uses in inputs.values():
+            _add_inputs(self._inputs.setdefault(tuple(uses), SymmetricSum()), a, weight, together)
+        for g, together, uses in outputs.values():
+            _add_outputs(self._outputs.setdefault(tuple(uses), SymmetricSum()), g, together)
+
+    def knows(self, number: int) -> bool:
+        """Whether there were factors of it."""
+        return any(mine == number for mine, _ in self._flipped)
+
+    def pairs(self) -> dict[int, dict[object, Pair]]:
+        """Whose → kind of use → the sums so far."""
+        A: dict[_Use, Tensor] = dict(self._counts)
+        B: dict[_Use, Tensor] = {}
+        for sums, found in ((self._inputs, A), (self._outputs, B)):
+            for uses, total in sums.items():
+                value = total.value()
+                for use in uses:
+                    found[use] = found[use] + value if use in found else value
+        result: dict[int, dict[object, Pair]] = {}
+        for use, flipped in self._flipped.items():
+            result.setdefault(use[0], {})[use[1]] = Pair(flipped, A.get(use), B[use], self._terms[use])
+        return result
+
+
+def _kind(part: Outer | Lookup | Shift) -> object:
+    """Uses of one kind have factors of one shape, which add up."""
+    if isinstance(part, Outer):
+        return "outer", part.flipped, part.a.shape[2:], part.g.shape[3:]
+    return ("lookup",) if isinstance(part, Lookup) else ("shift", part.g.shape[3:])
+
+
+def _identity(t: Tensor) -> object:
+    """What tells a tensor from the others that are alive."""
+    return t.data_ptr(), t.shape, tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+
+
+def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
+    """`(B, T)`: 1 where a position counts. Positions in step with those of the targets follow them one by one."""
+    B, T = part.g.shape[1], part.positions
+    if active.dim() == 2 and active.shape[1] == T:
+        return active.to(part.g.dtype)
+    return active.reshape(B, -1).any(1, keepdim=True).expand(B, T).to(part.g.dtype)
+
+
+def _add_inputs(total: SymmetricSum, a: Tensor, weight: Tensor, together: bool) -> None:
+    """a `(B, T, G, I)`: each position a vector, or each example the average over its positions."""
+    if together:
+        mean = torch.einsum("bt,btgi->bgi", weight, a) / weight.sum(1).clamp(min=1)[:, None, None]
+        total.add(mean.permute(1, 2, 0))
+        return
+    if not bool(weight.all()):
+        a = a * weight[:, :, None, None]
+    total.add(a.permute(2, 3, 0, 1).flatten(2))
+
+
+def _add_outputs(total: SymmetricSum, g: Tensor, together: bool) -> None:
+    """g `(K, B, T, G, O)`: each column and position of an example a vector, or each column the sum over positions."""
+    if together:
+        g = g.sum(2, keepdim=True)
+    K, _, T, G, O = g.shape
+    if G == 1 and K > 1 and g.stride(0) == 1:  # columns last in memory, as a likelihood makes them
+        total.add_stacked(g[:, :, :, 0].permute(1, 2, 3, 0).flatten(0, 1))
+        return
+    if G == 1 and O < 2 * PANEL and T >= O and g.stride(2) < g.stride(4):  # positions last, as convolutions have them
+        total.add_stacked(g[:, :, :, 0].flatten(0, 1).transpose(1, 2))
+        return
+    total.add(g.permute(3, 4, 0, 1, 2).flatten(2))
