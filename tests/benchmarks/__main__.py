@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import dense, products
+from tests.benchmarks import dense, products, structured
 from tests.benchmarks.models import CASES
 
 
@@ -41,19 +41,28 @@ def dense_table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+    every = list(dict.fromkeys([*CASES, *structured.STRUCTURED]))
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(every)}; all by default")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("benchmarks.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # the peers' own
-    results = {name: products.measure(name, options.rounds) for name in options.cases or CASES}
+    chosen = options.cases or every
+    results = {name: products.measure(name, options.rounds) for name in chosen if name in CASES}
+    # Structured curvatures: tests/benchmarks/structured.py, which also runs by itself.
+    blocks = {
+        name: structured.measure(name, max(3, options.rounds // 2)) for name in chosen if name in structured.STRUCTURED
+    }
     matrix = dense.measure(max(3, options.rounds // 3))
     machine = {"torch": torch.__version__, "threads": options.threads, "processor": platform.processor()}
-    options.output.write_text(json.dumps({"machine": machine, "products": results, "dense": matrix}, indent=1))
-    print(table(results), dense_table(matrix), sep="\n\n")
-    for name, result in results.items():
+    options.output.write_text(
+        json.dumps({"machine": machine, "products": results, "structured": blocks, "dense": matrix}, indent=1)
+    )
+    print(*([table(results)] if results else []), *([structured.table(blocks)] if blocks else []), sep="\n\n")
+    print("", dense_table(matrix), sep="\n")
+    for name, result in [*results.items(), *blocks.items()]:
         for key, why in result["failed"].items():
             print(f"{name}, {key}: {why}")
 
