@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from digits import digits
 from torch import nn
 
 import curvops as co
+from curvops.report.digits import digits
 
 
 @pytest.mark.slow
