@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -195,6 +196,36 @@ def test_marginal_likelihood_goes_to_the_maximum_from_one_spectrum(likelihood: s
     delta = best.clone().requires_grad_()
     (slope,) = torch.autograd.grad(full.log_marginal_likelihood(delta), delta)
     assert abs(float(slope * best)) < 1e-4
+
+
+@pytest.mark.parametrize("road", ["Gram matrix", "products"])
+def test_the_spectra_of_large_problems_find_the_same_maximum(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvops.interop.laplace.matrixfree.MAX_DENSE", 1)
+    if road == "products":
+        monkeypatch.setattr("curvops.interop.laplace.matrixfree.MAX_ROWS", 1)
+    x, y = tensors("regression", 2, count=9)  # 18 rows, 32 parameters
+    exact = made("matrix_free", "regression", data=[(x, y)])
+    with monkeypatch.context() as patch:
+        patch.setattr("curvops.interop.laplace.matrixfree.MAX_DENSE", 4096)
+        exact.optimize_prior_precision()
+    la = made("matrix_free", "regression", data=[(x, y)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)  # ten probes leave more than 10 %
+        la.optimize_prior_precision()
+    spectrum, report = la.spectrum(), la.reports["optimize_prior_precision"]
+    assert not spectrum.is_exact
+    assert spectrum.zeros == (14 if road == "Gram matrix" else 0)
+    assert abs(report.value - float(exact.prior_precision)) <= 1.5 * report.half_width
+    assert la.spectrum() is spectrum
+
+
+def test_release_drops_what_is_made_again_at_need() -> None:
+    la = made("matrix_free", "regression")
+    value = la.log_marginal_likelihood()
+    la.release()
+    assert la._made is None
+    assert not la.H._cache
+    close(la.log_marginal_likelihood(), value)
 
 
 @pytest.mark.parametrize("structure", ["layerwise", "diag"])

@@ -191,6 +191,14 @@ class MatrixFreeLaplace(Predictions):
         )  # fmt: skip
         return interface._full(objective), objective
 
+    def release(self) -> None:
+        """Drop the graphs, the Gram matrix and the factorisation that questions left; they are made again at need."""
+        if self._made is not None:
+            self._made[2].precision.release()
+        if self.H is not None:
+            self.H.release()
+        self._made = self._scratch = None
+
     # ---------------------------------------------------------------- the posterior
 
     @property
