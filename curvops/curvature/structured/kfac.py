@@ -23,8 +23,8 @@ class KFAC(Factored):
 
     Scale: a sum over the data; B sums, A averages.
 
-    Cost: one forward, C backward passes through the activations (one for "mc" with one sample), O(d²) per position and
-    layer of width d. Nothing is computed before it is needed.
+    Cost: one forward, C backward passes through the activations (one for "mc" with one sample; no more behind a linear
+    last layer than it has inputs), O(d²) per position and layer of width d. Nothing is computed before it is needed.
     """
 
     source: _Statistical
