@@ -83,6 +83,26 @@ class Reused(nn.Module):
         return self.shared(torch.tanh(self.shared(x)))
 
 
+def test_a_mapping_keyed_as_the_wrapper_names_its_argument() -> None:
+    """It is handed on whole, not taken for keywords of the wrapper."""
+
+    class OfMappings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["x"] * batch["scale"])
+
+    x, y = problems.problem("mlp").data()
+    assert isinstance(x, Tensor)
+    mapping = {"x": x, "scale": torch.full_like(x, 0.5)}
+    extractor = co.FeatureExtractor(OfMappings(), "net.2")
+    backend = GGNInterface(extractor, "classification", last_layer=True, dict_key_x="x")
+    plain = GGNInterface(co.FeatureExtractor(net(), "2"), "classification", last_layer=True)
+    assert torch.allclose(backend.full(mapping, y)[1].to_dense(), plain.full(0.5 * x, y)[1].to_dense(), rtol=1e-12)
+
+
 def test_refusals() -> None:
     with pytest.raises(DataError, match="no module named 'head'"):
         co.FeatureExtractor(net(), "head")
