@@ -110,7 +110,9 @@ class Kronecker(LinearOperator):
     def _dense(self) -> Tensor:
         product = self.factors[0]._dense()
         for factor in self.factors[1:]:
-            product = torch.kron(product, factor._dense())
+            # torch.kron (2.14) refuses factors of some memory layouts.
+            pairs = product[:, None, :, None] * factor._dense()[None, :, None, :]
+            product = pairs.reshape(product.shape[0] * factor.shape[0], -1)
         return product
 
     def _transpose(self) -> LinearOperator:

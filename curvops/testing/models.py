@@ -109,6 +109,35 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
+class Cell(nn.Module):
+    """A recurrent cell stepped by hand over `(B, T, C)`; the last state, read out linearly."""
+
+    def __init__(self, cell: nn.RNNCellBase, outputs: int) -> None:
+        super().__init__()
+        self.cell = cell
+        self.head = nn.Linear(cell.hidden_size, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class CrossAttention(nn.Module):
+    """`nn.MultiheadAttention` from one half of the inputs to the other, of another width."""
+
+    def __init__(self, width: int, other: int, outputs: int) -> None:
+        super().__init__()
+        self.width = width
+        self.attention = nn.MultiheadAttention(width, 1, kdim=other, vdim=other, batch_first=True)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = x[..., : self.width], x[..., self.width :]
+        return self.head(self.attention(q, k, k, need_weights=False)[0].mean(1))
+
+
 class Bag(nn.Module):
     """EmbeddingBag and a read-out."""
 

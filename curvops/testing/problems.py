@@ -24,6 +24,8 @@ from curvops.testing.models import (
     Apply,
     Bag,
     CausalAttention,
+    Cell,
+    CrossAttention,
     Dictionary,
     Keywords,
     PlainBag,
@@ -229,6 +231,11 @@ _LIST = [
         _real(2, 2, 2),
     ),
     Problem(
+        "convtranspose1d",
+        lambda: _pooled(nn.ConvTranspose1d(2, 4, 2, groups=2, dilation=2, padding=1), nn.Tanh(), channels=4),
+        _real(2, 4),
+    ),
+    Problem(
         "maxpool",
         lambda: _pooled(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.MaxPool2d(2), channels=3),
         _real(1, 5, 5),
@@ -269,11 +276,15 @@ _LIST = [
     ),
     # Attention and recurrence.
     Problem("multihead-attention", lambda: SelfAttention(4, 2, C), _real(T, 4)),
+    Problem("cross-attention", lambda: CrossAttention(2, 3, C), _real(T, 5)),
     Problem("transformer-encoder", _encoder, _real(T, 2)),
     Problem("sdpa", lambda: CausalAttention(3, C), _real(T, 3), tokens=T),
     Problem("rnn", lambda: _recurrent(nn.RNN), _real(T, 3)),
     Problem("lstm", lambda: _recurrent(nn.LSTM), _real(T, 3)),
     Problem("gru", lambda: _recurrent(nn.GRU), _real(T, 3)),
+    Problem("rnn-cell", lambda: Cell(nn.RNNCell(3, 2), C), _real(T, 3)),
+    Problem("lstm-cell", lambda: Cell(nn.LSTMCell(3, 2), C), _real(T, 3)),
+    Problem("gru-cell", lambda: Cell(nn.GRUCell(3, 2), C), _real(T, 3)),
     # Activations.
     Problem("relu-inplace", lambda: _mlp(activation=lambda: nn.ReLU(inplace=True)), _real(4)),
     Problem("gelu", lambda: _mlp(activation=nn.GELU), _real(4)),

@@ -165,6 +165,8 @@ def zoo() -> list[Case]:
              lambda m: kron(m.general(2, 3), m.general(3, 2))),
         Case("Kronecker, not symmetric", lambda m: Kronecker(m.general(3, 3), m.general(2, 2)),
              lambda m: kron(m.general(3, 3), m.general(2, 2))),
+        Case("Kronecker, transposed factor", lambda m: Kronecker(m.pd(2), m.general(3, 3).T),
+             lambda m: kron(m.pd(2), m.general(3, 3).T.contiguous())),
         Case("Kronecker of a closure", lambda m: Kronecker(m.closure(m.pd(3), is_psd=True), m.pd(2)),
              lambda m: kron(m.pd(3), m.pd(2))),
         Case("blocks of different sizes", lambda m: BlockDiagonal(m.pd(3), m.pd(1), Kronecker(m.pd(2), m.pd(2, 1))),

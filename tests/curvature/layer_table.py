@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ def text(table: list[tuple[str, list[float]]]) -> str:
     return "\n".join([*lines, f"| {'worst':25s} | {' | '.join(f'{e:<12.1e}' for e in worst)} |"])
 
 
+@pytest.mark.slow
 def test_layer_table():
     table = rows()
     print("\n" + text(table))

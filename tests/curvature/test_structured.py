@@ -247,7 +247,7 @@ class TestKFAC:
         start = 0
         for parameter, size in zip(K.layout, K.sizes, strict=True):
             owner = modules[parameter.rpartition(".")[0]]
-            shares = owner in ("MultiheadAttention", "RNN", "LSTM", "GRU", "NonDynamicallyQuantizableLinear")
+            shares = owner.startswith(("MultiheadAttention", "RNN", "LSTM", "GRU", "NonDynamicallyQuantizableLinear"))
             shares |= owner.startswith("Conv") or "embedding" in name or parameter.startswith(("0.self", "0.lin"))
             shares |= "keywords" in name or parameter.startswith(("shared", "embedding"))
             where = slice(start, start + size)

@@ -13,7 +13,7 @@ from curvops.nets.parameters import ParameterSelection
 from curvops.testing.problems import Problem, problem, problems
 
 EVERY = pytest.mark.parametrize("p", problems(), ids=lambda p: p.name)
-RECURRENT = {"rnn", "lstm", "gru"}
+RECURRENT = ("rnn", "lstm", "gru", "rnn-cell", "lstm-cell", "gru-cell")
 
 
 def randn(*shape: int) -> Tensor:
