@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from curvops.errors import DataError
+from curvops.errors import DataError, NumericalWarning
 from curvops.nets.likelihood import require_finite
 
 Inputs = Tensor | Mapping[str, Any]
@@ -100,11 +101,31 @@ def batch_length(x: Any, what: str = "The batch", dict_key_x: str = "input_ids")
     return x.shape[0]
 
 
-def check_values(x: Inputs, y: Tensor, what: str) -> None:
-    """Raise `DataError` naming the batch and the place if anything in it is NaN or Inf. O(batch)."""
+def check_values(x: Inputs, y: Tensor, what: str, dict_key_x: str = "input_ids") -> None:
+    """Raise `DataError` naming the batch and the place if anything in it is NaN or Inf. O(batch).
+
+    Warns of labels that a causal language model of Hugging Face would still shift: they equal the tokens.
+    """
     for name, t in named_tensors(x, y):
         if t.is_floating_point() or t.is_complex():
             require_finite(_values(t), f"The values of {name} in {what[:1].lower() + what[1:]}")
+    if isinstance(x, Mapping):
+        _warn_of_unshifted(x.get(dict_key_x), y, what)
+
+
+def _warn_of_unshifted(tokens: Any, y: Tensor, what: str) -> None:
+    if not isinstance(tokens, Tensor) or tokens.shape != y.shape or y.dim() != 2 or y.shape[1] < 2:
+        return
+    if tokens.is_floating_point() or y.is_floating_point() or not bool((y >= 0).any()):
+        return
+    if bool(((y == tokens) | (y < 0)).all()):
+        warnings.warn(
+            f"{what}: the labels equal the tokens, so that every position is to predict itself. Transformers shifts "
+            "the labels of causal language models inside its own loss, which is not used here: write them with "
+            "curvops.interop.huggingface.next_token_labels(batch).",
+            NumericalWarning,
+            stacklevel=2,
+        )
 
 
 def named_tensors(x: Inputs, y: Tensor) -> list[tuple[str, Tensor]]:

@@ -122,7 +122,7 @@ class DataSource:
                 x, y = split(batch, self._name(index), *self._keys)
                 if y.shape[0]:
                     if not self._complete:
-                        check_values(x, y, self._name(index))
+                        check_values(x, y, self._name(index), self._keys[0])
                     yield Batch(index, position, *move(x, y, device, dtype))
                 index, position = index + 1, position + y.shape[0]
                 bar.update()

@@ -181,6 +181,41 @@ class Keywords(nn.Module):
         return SimpleNamespace(logits=self.classifier(torch.tanh(pooled)))
 
 
+class LanguageModel(nn.Module):
+    """A causal language model in the manner of GPT-2: padding, tied decoder, a layer whose weight is `(in, out)`."""
+
+    def __init__(self, vocabulary: int, width: int, positions: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(positions, width)
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Parameter(torch.zeros(width, 3 * width))
+        self.bias = nn.Parameter(torch.zeros(3 * width))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        length = input_ids.shape[1]
+        h = self.tokens(input_ids) + self.positions(torch.arange(length, device=input_ids.device))
+        mixed = torch.addmm(self.bias, self.norm(h).flatten(0, 1), self.weight)
+        q, k, v = mixed.reshape(-1, length, mixed.shape[-1]).chunk(3, -1)
+        allowed = torch.ones(length, length, dtype=torch.bool, device=h.device).tril() & (attention_mask[:, None] > 0)
+        return SimpleNamespace(logits=self.head(h + F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)))
+
+
+class Adapter(nn.Module):
+    """A layer with a low-rank correction, as in LoRA."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.A = nn.Parameter(torch.zeros(layer.in_features, rank))
+        self.B = nn.Parameter(torch.zeros(rank, layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.A @ self.B
+
+
 class Dictionary(nn.Module):
     """A forward that takes the whole mapping."""
 

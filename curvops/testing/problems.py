@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvops.testing.models import (
+    Adapter,
     Apply,
     Bag,
     CausalAttention,
@@ -28,6 +29,7 @@ from curvops.testing.models import (
     CrossAttention,
     Dictionary,
     Keywords,
+    LanguageModel,
     PlainBag,
     Raw,
     Recurrent,
@@ -300,8 +302,15 @@ _LIST = [
     Problem("selected-names", _mlp, _real(4), params=["2"]),
     Problem("last-layer", lambda: WithLastLayer(4, 4, C), _real(4), params="last_layer"),
     Problem("subnetwork", _mlp, _real(4), params=torch.tensor([3, 30, 0, 17, 22])),
+    Problem(
+        "adapter",
+        lambda: _net(Adapter(nn.Linear(4, 4), 1), nn.Tanh(), nn.Linear(4, C)),
+        _real(4),
+        freeze=("0.layer.weight", "0.layer.bias", "2.weight", "2.bias"),
+    ),
     # Inputs and outputs.
     Problem("keywords", lambda: Keywords(6, 3, C), _masked(6)),
+    Problem("language-model", lambda: LanguageModel(4, 3, T), _masked(4), ignored=True, tokens=T, outputs=4),
     Problem("dictionary", lambda: Dictionary(3, C), _pair(3)),
     Problem("tokens", _mlp, _real(T, 4), tokens=T),
     Problem("tokens-ignored-weighted", _mlp, _real(T, 4), weighted=True, ignored=True, tokens=T),

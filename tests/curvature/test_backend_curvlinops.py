@@ -35,6 +35,7 @@ OURS = {
     "layernorm": {CurvlinopsHessian},
     "instancenorm": {CurvlinopsHessian},
     "transformer-encoder": {CurvlinopsHessian},
+    "language-model": {CurvlinopsHessian},
     "groupnorm": {CurvlinopsHessian},
     "silu": {CurvlinopsHessian},
     "embedding-padding": {CurvlinopsGGN, CurvlinopsEF, CurvlinopsHessian},
