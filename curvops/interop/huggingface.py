@@ -18,7 +18,7 @@ of the outputs as they are, so that position t of the labels must hold the token
             [   6, -100, -100, -100]])
     >>> G = co.GGN(model, "classification", [batch], params=["transformer.h.0", "transformer.ln_f"])
     >>> G
-    GGN(P=252, N=?, classification)
+    GGN(P=252, N=2, classification)
     >>> A = G.add_diagonal(1.0)
     >>> x, report = A.solve(torch.ones(252, dtype=torch.float64), return_report=True)
     >>> report.converged

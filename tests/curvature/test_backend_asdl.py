@@ -53,6 +53,7 @@ LAYERS = {
     "embeddingbag-padding": "EmbeddingBag", "multihead-attention": "MultiheadAttention",
     "transformer-encoder": "MultiheadAttention", "rnn": "RNN", "lstm": "LSTM", "gru": "GRU",
     "module-twice": "runs 2 times", "tied": "row per token", "raw-parameters": "Raw", "keywords": "row per token",
+    "adapter": "Adapter", "language-model": "row per token",
 }  # fmt: skip
 """What is refused, and the word that says why; `full` is then by curvops."""
 
@@ -62,7 +63,7 @@ FACTORS = {
 }  # fmt: skip
 """The same of `kron`."""
 
-NO_DIAGONAL = {"multihead-attention", "transformer-encoder", "rnn", "lstm", "gru", "raw-parameters"}
+NO_DIAGONAL = {"multihead-attention", "transformer-encoder", "rnn", "lstm", "gru", "raw-parameters", "adapter"}
 """Where the Hessian's diagonal is refused: parameters that are no `weight` or `bias` of a module."""
 
 

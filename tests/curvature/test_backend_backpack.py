@@ -31,7 +31,7 @@ LAYERS_REFUSED = {
     "embeddingbag-sum": "EmbeddingBag", "embeddingbag-mean": "EmbeddingBag", "embeddingbag-padding": "EmbeddingBag",
     "multihead-attention": "MultiheadAttention", "transformer-encoder": "MultiheadAttention", "rnn": "RNN",
     "lstm": "LSTM", "gru": "GRU", "module-twice": "runs 2 times", "tied": "tied", "raw-parameters": "Raw",
-    "keywords": "float64",
+    "keywords": "float64", "adapter": "Adapter", "language-model": "LanguageModel",
 }  # fmt: skip
 """Problems whose layers BackPACK does not know or gets wrong, and the word by which it is refused."""
 
