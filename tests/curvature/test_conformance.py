@@ -22,12 +22,14 @@ def classes(*quick: str) -> list[object]:
     ]
 
 
-def require(cls: str, networks: tuple[str, ...], settings: tuple[str, ...] = ("plain",)) -> None:
+def require(
+    cls: str, networks: tuple[str, ...], settings: tuple[str, ...] = ("plain",), methods: tuple[str, ...] = METHODS
+) -> None:
     """No cell is wrong, and the native classes refuse nothing but a Hessian's factors."""
     assert installed(cls)
     for network in networks:
         for setting in settings:
-            for method in METHODS:
+            for method in methods:
                 answer = cell(cls, method, network, setting)
                 where = (cls, method, network, setting, answer.detail)
                 assert answer.verdict != "wrong", where
@@ -49,7 +51,8 @@ def test_settings(cls: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [c for c in CLASSES if not c.startswith("Asdl")])
 def test_the_whole_zoo(cls: str) -> None:
-    require(cls, ZOO)
+    # Factors by their definition are written down for the layers of the table's networks alone.
+    require(cls, ZOO, methods=tuple(method for method in METHODS if method != "kron"))
 
 
 def test_what_is_always_right_and_what_is_refused_by_name() -> None:
