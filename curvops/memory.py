@@ -1,8 +1,26 @@
-"""How much memory a computation may take: the budget, the check before it starts, and chunks that keep inside it."""
+"""How much memory a computation may take: the budget, what it will need, the check before it starts, and chunks.
+
+The model. A vector of P entries is the unit x. A kept graph holds the tensors that autograd saved, counted once by
+walking over it; that is known after the first pass over the data, and no sooner. One product then takes, above the
+graph, 2 x or the largest four of those tensors (a Hessian's: seven tenths of all of them), whichever is more; K columns
+take K x more where they run in turn, and K times as much where they run together. Algorithms add their own vectors:
+
+    products    the graphs that it will keep, and the passing part above
+    CG, MINRES  7 vectors a column, 10 for MINRES
+    Lanczos     (steps + 5) vectors a probe; quadrature and f(A) v deepen it as far as the budget goes
+    ARPACK      its Krylov vectors in float64
+    XTrace, XDiag   7 vectors a probe, probes doubled as far as the budget goes
+    dense       the matrix and what makes it; then 2.75 matrices for Cholesky, 4.5 for an eigendecomposition
+
+These are peaks of what lives at one time; an allocator that keeps freed blocks for later can make a process larger.
+`python -m tests.benchmarks.memory` compares them with measured peaks.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +31,47 @@ _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a computation takes at its peak, above what is held when it starts.
+
+    Attributes:
+        passing: What it frees again, and its result.
+        kept: What stays for later products.
+        complete: False where a part is unknown before a forward pass has told it: the graphs of the batches.
+        grows: Whether it is a beginning, that grows towards the budget where the target asks for more.
+    """
+
+    passing: int = 0
+    kept: int = 0
+    complete: bool = True
+    grows: bool = False
+
+    @property
+    def peak(self) -> int:
+        """Both together."""
+        return self.passing + self.kept
+
+    def beside(self, count: float, *, grows: bool = False) -> Need:
+        """The same while `count` bytes more are held."""
+        return replace(self, passing=self.passing + int(count), grows=self.grows or grows)
+
+    def __str__(self) -> str:
+        text = f"{'from' if self.grows else 'about'} {readable(self.peak)}"
+        return text if self.complete else f"{text} beside the batches' graphs, which the first pass measures"
+
+
+def in_turn(needs: Iterable[Need]) -> Need:
+    """Computations one after the other: what passes, passes; what is kept adds up."""
+    needs = list(needs)
+    return Need(
+        max((need.passing for need in needs), default=0),
+        sum(need.kept for need in needs),
+        all(need.complete for need in needs),
+        any(need.grows for need in needs),
+    )
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:

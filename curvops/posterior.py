@@ -191,7 +191,7 @@ class Gaussian:
             return draw.to(self.precision.device)
 
         with torch.no_grad():
-            return sample.plan(self.precision, method).run(noise)
+            return sample.plan(self.precision, method, n).started(self.precision, "sample")(noise)
 
     def _sampled_covariance(self, J: Jacobian, count: int, samples: int, joint: bool) -> tuple[Tensor, Report]:
         deviations, report = self._deviations(samples, None)

@@ -30,6 +30,12 @@ _WIDENINGS = 20
 _POWER_STEPS = 5
 
 
+def krylov_vectors(size: int, k: int) -> int:
+    """Vectors of the Krylov space from which ARPACK takes k pairs."""
+    usual = max(2 * k + 1, 20)
+    return min(size, max(usual, min(_KRYLOV_VECTORS, size // 8, _KRYLOV_ENTRIES // size)))
+
+
 @torch.no_grad()
 def eigsh(
     matmat: Matmat,
@@ -203,10 +209,6 @@ class _Search:
         self.trouble = "The follow-up runs did not establish that no copy of a multiple eigenvalue is missing."
         return torch.as_tensor(Q, device="cpu"), False
 
-    def _krylov_vectors(self, k: int) -> int:
-        usual = max(2 * k + 1, 20)
-        return min(self.size, max(usual, min(_KRYLOV_VECTORS, self.size // 8, _KRYLOV_ENTRIES // self.size)))
-
     def _draw(self) -> Array:
         self.draws += 1
         start = gaussian(self.size, self.draws, 1, seed=self.seed, dtype=torch.float64, device="cpu")
@@ -247,7 +249,12 @@ class _Search:
         operator = spla.LinearOperator((self.size, self.size), matvec=multiply, dtype=np.float64)  # pyright: ignore
         try:
             # SciPy's stub types tol by its default, the integer 0.
-            options: dict[str, Any] = {"tol": tol, "maxiter": self.restarts, "v0": v, "ncv": self._krylov_vectors(k)}
+            options: dict[str, Any] = {
+                "tol": tol,
+                "maxiter": self.restarts,
+                "v0": v,
+                "ncv": krylov_vectors(self.size, k),
+            }
             values, vectors = spla.eigsh(operator, k=k, which=which, **options)
         except spla.ArpackNoConvergence as error:
             values = np.asarray(error.eigenvalues)

@@ -18,7 +18,7 @@ from curvops.linalg.lanczos import Tridiagonal, extend, lanczos
 from curvops.linalg.results import SolveReport
 from curvops.typing import Matmat
 
-_FIRST_STEPS = 10
+FIRST_STEPS = 10
 _SLAB_BYTES = 1 << 28
 _EXPECTED_STEPS = 128
 
@@ -107,6 +107,11 @@ class _Column:
             return self.norm * float(np.trapezoid(weight(t) * t * np.exp(logs) / (a + t), u))
 
 
+def slab(size: int, dtype: torch.dtype) -> int:
+    """Columns that run together."""
+    return max(1, int(_SLAB_BYTES / (size * _EXPECTED_STEPS * dtype.itemsize)))
+
+
 def apply_function(
     matmat: Matmat,
     f: Callable[[Tensor], Tensor],
@@ -159,7 +164,7 @@ def apply_function(
         )
     size, columns = V.shape
     depth = min(size, max_steps or 1000)
-    width = max(1, int(_SLAB_BYTES / (size * _EXPECTED_STEPS * V.dtype.itemsize)))
+    width = slab(size, V.dtype)
     parts, errors, floors, steps, matvecs = [], [], [], 0, 0
     with torch.no_grad():
         for start in range(0, columns, width):
@@ -208,7 +213,7 @@ def _slab(
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """`(f(A)V, errors, attainable, steps, matvecs)` of columns that run together."""
     columns = V.shape[1]
-    tri = lanczos(matmat, V, min(_FIRST_STEPS, depth), progress=progress)
+    tri = lanczos(matmat, V, min(FIRST_STEPS, depth), progress=progress)
     coefficients = [np.zeros(0)] * columns
     errors, floors = (
         torch.full((columns,), math.inf, dtype=torch.float64, device="cpu"),

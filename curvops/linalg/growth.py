@@ -24,6 +24,11 @@ _INSIDE = 0.2
 """The bracket is inside the Monte-Carlo error when half of it is below this part of that error."""
 
 
+def together(size: int, steps: int, dtype: torch.dtype) -> int:
+    """Probes whose runs of so many steps share their products: ten, and more while a moderate basis holds them."""
+    return max(FIRST_PROBES, int(_SLAB_BYTES / (size * steps * dtype.itemsize)))
+
+
 def student(m: int) -> float:
     """t₀.₉₇₅(m − 1); infinite for a single probe, which says nothing of its own spread."""
     return float(stats.t.ppf(0.975, m - 1)) if m > 1 else math.inf
@@ -141,7 +146,7 @@ class Run:
     def add_probes(self, count: int, steps: int, keep: bool) -> None:
         """Run `count` further probes; slabs of them share their products, as many as a moderate basis allows."""
         self.steps = max(self.steps, min(steps, self.size))
-        width = max(FIRST_PROBES, int(_SLAB_BYTES / (self.size * self.steps * self.dtype.itemsize)))
+        width = together(self.size, self.steps, self.dtype)
         end = self.probes + count
         while self.probes < end:
             number = min(width, end - self.probes)

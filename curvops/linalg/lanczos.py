@@ -142,13 +142,32 @@ def extend(matmat: Matmat, tri: Tridiagonal, more_steps: int, *, progress: bool 
         return _advance(matmat, tri, min(more_steps, tri.size - tri.steps), progress)
 
 
+_ONE_BY_ONE = 2**14
+"""Entries of a run's basis from which one product per run beats the batched one (measured: sixfold at 10 x 15 x 235,000
+on a CPU, whose batched product with a vector does not use the cores' width)."""
+
+
 def _overlaps(blocks: list[Tensor], w: Tensor) -> list[Tensor]:
-    return [torch.bmm(block, w[:, :, None]) for block in blocks]
+    """Inner products `(m, k, 1)` of every w with its run's vectors, block by block."""
+    return [
+        torch.stack([torch.mv(V, v) for V, v in zip(block, w, strict=True)])[:, :, None]
+        if _one_by_one(block)
+        else torch.bmm(block, w[:, :, None])
+        for block in blocks
+    ]
 
 
 def _subtract(blocks: list[Tensor], coefficients: list[Tensor], w: Tensor) -> None:
     for block, c in zip(blocks, coefficients, strict=True):
-        w.unsqueeze(2).baddbmm_(block.transpose(1, 2), c, alpha=-1)
+        if _one_by_one(block):
+            for V, row, v in zip(block, c[:, :, 0], w, strict=True):
+                v.addmv_(V.T, row, alpha=-1)
+        else:
+            w.unsqueeze(2).baddbmm_(block.transpose(1, 2), c, alpha=-1)
+
+
+def _one_by_one(block: Tensor) -> bool:
+    return block.device.type == "cpu" and block.shape[1] * block.shape[2] >= _ONE_BY_ONE
 
 
 def _advance(matmat: Matmat, tri: Tridiagonal, count: int, progress: bool) -> Tridiagonal:

@@ -19,6 +19,18 @@ from curvops.typing import Matmat
 FAILURE_PROBABILITY = 1e-3
 
 
+def depth(size: int, rtol: float, is_psd: bool) -> int:
+    """Lanczos steps after which the bound on the largest stretch is within rtol."""
+    # ‖A‖ < θ/√(1−ε) for A²: a relative width of about ε/2 there.
+    epsilon = rtol if is_psd else 1 - (1 - rtol) ** 2
+    degree = math.ceil((_power(size) / math.sqrt(epsilon) + 1) / 2)
+    return min(size, degree if is_psd else 2 * degree)
+
+
+def _power(size: int) -> float:
+    return math.log(1.648 * math.sqrt(size) / FAILURE_PROBABILITY)
+
+
 @torch.no_grad()
 def spectral_norm(
     matmat: Matmat,
@@ -61,11 +73,7 @@ def spectral_norm(
     if not 0 < rtol < 1:
         raise ValueError(f"rtol={rtol}; expected between 0 and 1.")
     A = Counted(matmat)
-    power = math.log(1.648 * math.sqrt(size) / FAILURE_PROBABILITY)
-    # ‖A‖ < θ/√(1−ε) for A²: a relative width of about ε/2 there.
-    epsilon = rtol if is_psd else 1 - (1 - rtol) ** 2
-    degree = math.ceil((power / math.sqrt(epsilon) + 1) / 2)
-    steps = min(size, degree if is_psd else 2 * degree)
+    power, steps = _power(size), depth(size, rtol, is_psd)
     seed = resolve_seed(generator)
     theta, exact = _krylov_norm(A, size, steps, seed, dtype, device)
     slack = 4 * unit_roundoff(dtype) * math.sqrt(size) * theta
@@ -73,8 +81,8 @@ def spectral_norm(
         upper = theta + slack
         reason = f"the Krylov space was exhausted after {A.columns} steps: exact up to rounding."
     else:
-        depth = steps if is_psd else (steps + 1) // 2
-        loss = (power / (2 * depth - 1)) ** 2
+        degree = steps if is_psd else (steps + 1) // 2
+        loss = (power / (2 * degree - 1)) ** 2
         upper = theta / (1 - loss if is_psd else math.sqrt(1 - loss)) + slack
         reason = (
             f"largest stretch in the space of {steps} Lanczos steps below; above the Kuczynski-Wozniakowski bound, "

@@ -68,6 +68,11 @@ class DataSource:
         return self._single
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the batches are tensors that the user holds, rather than made anew in each pass."""
+        return self._in_memory
+
+    @property
     def num_data(self) -> int | None:
         """N if it is known without reading: from `num_data`, tensors in memory, `len(dataset)`, or an earlier pass."""
         return self._known

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
+from curvops.memory import Need, in_turn
 from curvops.operators.base import LinearOperator, Scalar, number
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity, Zero, diagonal_of, is_diagonal, is_zero
@@ -191,6 +192,10 @@ class Sum(LinearOperator):
 
     def _trace(self) -> Tensor:
         return torch.stack([term._trace() for term in self.terms]).sum()
+
+    def _dense_need(self) -> Need:
+        full = [term for term in self.terms if diagonal_of(term) is None]
+        return in_turn(term._dense_need() for term in full).beside(self.shape[0] * self.shape[1] * self.dtype.itemsize)
 
     def _dense(self) -> Tensor:
         result = self.terms[0]._dense()

@@ -172,7 +172,7 @@ class LinearOperator(Structure):
         B = self._columns(b, self.shape[0])
         if not bool(torch.isfinite(B.detach()).all()):
             raise DataError(f"solve: the right-hand side holds NaN or Inf; expected finite numbers for {self!r}.")
-        return _of_columns(solve.plan(self, method).run, B, b, return_report)
+        return _of_columns(solve.plan(self, method, B.shape[1]).started(self, "solve"), B, b, return_report)
 
     @verb
     def logdet(self, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -189,7 +189,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import logdet
 
         self._require_square("logdet")
-        value, report = logdet.plan(self, method).run()
+        value, report = logdet.plan(self, method).started(self, "logdet")()
         return _answer(value, report, return_report)
 
     @verb
@@ -198,7 +198,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import logdet
 
         self._require_square("slogdet")
-        return logdet.plan_signed(self).run()
+        return logdet.plan_signed(self).started(self, "slogdet")()
 
     @verb
     def trace(self, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -206,7 +206,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import trace
 
         self._require_square("trace")
-        value, report = trace.plan(self, method).run()
+        value, report = trace.plan(self, method).started(self, "trace")()
         return _answer(value, report, return_report)
 
     @verb
@@ -228,7 +228,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import blocktraces
 
         self._require_square("block_traces")
-        value, report = blocktraces.plan(self, blocks, method).run()
+        value, report = blocktraces.plan(self, blocks, method).started(self, "block_traces")()
         return _answer(value, report, return_report)
 
     @verb
@@ -237,7 +237,7 @@ class LinearOperator(Structure):
         from curvops.operators.routes import diagonal
 
         self._require_square("diagonal")
-        value, report = diagonal.plan(self, method).run()
+        value, report = diagonal.plan(self, method).started(self, "diagonal")()
         return _answer(value, report, return_report)
 
     @verb
@@ -297,7 +297,8 @@ class LinearOperator(Structure):
         from curvops.operators.routes import spectrum
 
         self._require_symmetric("spectrum")
-        return spectrum.spectrum(self, probes, steps, method, generator=generator, progress=progress)
+        plan = spectrum.plan(self, probes, steps, method, generator=generator, progress=progress)
+        return plan.started(self, "spectrum")()
 
     @verb
     def sqrt_matvec(self, v: Tensor, method: Method | None = None, *, return_report: bool = False) -> Any:
@@ -317,14 +318,15 @@ class LinearOperator(Structure):
         from curvops.operators.routes import function
 
         self._require_symmetric("function")
-        return _of_columns(function.plan(self, f, method).run, self._columns(v, self.shape[1]), v, return_report)
+        V = self._columns(v, self.shape[1])
+        return _of_columns(function.plan(self, f, method, V.shape[1]).started(self, "function"), V, v, return_report)
 
     @verb
     def frobenius_norm(self, method: Method | None = None, *, return_report: bool = False) -> Any:
         """`‖A‖_F`; exact where a dense matrix is affordable, otherwise estimated to 1 %."""
         from curvops.operators.routes import norms
 
-        value, report = norms.frobenius(self, method).run()
+        value, report = norms.frobenius(self, method).started(self, "frobenius_norm")()
         return _answer(value, report, return_report)
 
     @verb
@@ -332,7 +334,7 @@ class LinearOperator(Structure):
         """`‖A‖₂`, the largest singular value, with a bracket in the report."""
         from curvops.operators.routes import norms
 
-        value, report = norms.spectral(self, rtol).run()
+        value, report = norms.spectral(self, rtol).started(self, "spectral_norm")()
         return _answer(value, report, return_report)
 
     @verb
@@ -340,10 +342,9 @@ class LinearOperator(Structure):
         """The matrix: the one road to a P x P tensor.
 
         Raises:
-            MemoryBudgetError: When the tensor would not fit into the memory budget.
+            MemoryBudgetError: The tensor and what makes it would not fit into the memory budget.
         """
-        rows, columns = self.shape
-        self._require_memory(rows * columns * self.dtype.itemsize)
+        self._require_memory(self._dense_need().peak)
         return self._dense()
 
     # ---------------------------------------------------------------- doors
@@ -400,10 +401,11 @@ class LinearOperator(Structure):
     def _power_matvec(self, power: float, v: Tensor, method: Method | None, return_report: bool) -> Any:
         from curvops.operators.routes import function
 
-        self._require_symmetric("sqrt_matvec" if power > 0 else "inv_sqrt_matvec")
-        return _of_columns(
-            function.plan_power(self, power, method).run, self._columns(v, self.shape[1]), v, return_report
-        )
+        name = "sqrt_matvec" if power > 0 else "inv_sqrt_matvec"
+        self._require_symmetric(name)
+        V = self._columns(v, self.shape[1])
+        plan = function.plan_power(self, power, method, columns=V.shape[1])
+        return _of_columns(plan.started(self, name), V, v, return_report)
 
 
 def _of_columns(run: Callable[[Tensor], Any], V: Tensor, v: Tensor, return_report: bool) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvops.errors import UnsupportedError
 from curvops.linalg import dense
-from curvops.memory import default_budget
+from curvops.memory import Need, default_budget
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import Diagonal, Identity, diagonal_of
 
@@ -63,6 +63,14 @@ class FunctionSpaceForm:
         if not isinstance(self.damping, Identity) and not self._is_weighted():
             needed += 2 * self.rows * size
         return needed * itemsize <= self._budget()
+
+    def need(self) -> Need:
+        """Memory of the verbs: the n x n matrix, two more on the way to its factor, and the pass that makes it."""
+        rows, itemsize = self.rows, self.operator.dtype.itemsize
+        need = self.curvature._product_need(1).beside(4 * rows * rows * itemsize)
+        if isinstance(self.damping, Identity) or self._is_weighted():
+            return need
+        return need.beside(2 * rows * self.operator.shape[0] * itemsize)
 
     def logdet(self) -> Tensor:
         """log det A; differentiable in D and in a scalar in front of the curvature."""

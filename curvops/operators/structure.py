@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError, UnsupportedError
-from curvops.memory import require
+from curvops.memory import Need, in_turn, require
 from curvops.operators import formula
 from curvops.operators.formula import Formula
 
@@ -242,6 +242,29 @@ class Structure:
     def _bound_is_free(self) -> bool:
         """Whether reading `lower_bound` computes nothing."""
         return all(child._bound_is_free() for child in self._children())
+
+    def _product_need(self, columns: int) -> Need:
+        """Memory of one product with so many columns, its result included; reads facts alone.
+
+        By default the parts' products one after the other beside a running result; for tensors a result and a copy.
+        """
+        known = [size for size in self._known_shape() if size is not None]
+        result = columns * max(known, default=0) * self.dtype.itemsize
+        parts = self._children()
+        return in_turn(part._product_need(columns) for part in parts).beside(result if parts else 2 * result)
+
+    def _dense_need(self) -> Need:
+        """Memory of `_dense`, its result included; reads facts alone."""
+        rows, columns = self.shape
+        parts = self._children()
+        matrix = rows * columns * self.dtype.itemsize
+        if not parts:
+            return Need(matrix) if self._holds_tensors() else self._product_need(columns).beside(matrix)
+        return in_turn(part._dense_need() for part in parts).beside(matrix)
+
+    def _explain_dense(self) -> str:
+        """What `_dense` does where there is no closed form, in words."""
+        return f"products with {self.shape[1]:,} unit columns"
 
     def _explain_product(self) -> str:
         """What one product does, in words."""

@@ -110,11 +110,11 @@ def test_sizes_and_scalars() -> None:
 
 def test_explain_says_why() -> None:
     H = m.closure(m.pd(4), is_psd=True)
-    assert H.explain("solve") == "solve: CG (positive semidefinite and matrix-free)"
+    assert H.explain("solve") == "solve: CG (positive semidefinite and matrix-free); about 288 B"
     assert H.explain("trace").startswith("trace: diagonal of the dense matrix (P = 4 is at most 4,096")
-    assert H.explain("matvec") == "matvec: Closure, matrix-free"
-    assert A.explain("to_dense") == "to_dense: read off the matrix"
-    assert H.explain("to_dense") == "to_dense: products with 4 unit columns"
+    assert H.explain("matvec") == "matvec: Closure, matrix-free; about 64 B"
+    assert A.explain("to_dense") == "to_dense: read off the matrix; about 128 B"
+    assert H.explain("to_dense") == "to_dense: products with 4 unit columns; about 384 B"
     assert Dense(m.general(3, 3)).explain("logdet").startswith("logdet: refused")
     assert B.explain("solve").startswith("solve: refused")
     with pytest.raises(ValueError, match=r"explain\('determinant'\): expected one of"):

@@ -11,13 +11,18 @@ from typing_extensions import Self
 
 from curvops.curvature.objective import Objective
 from curvops.errors import UnsupportedError
-from curvops.memory import columns_within
+from curvops.memory import Need, columns_within
 from curvops.nets.batches import Batch
+from curvops.nets.forward import tensors_of
+from curvops.nets.graph import Footprint
 from curvops.operators.autograd import linear_map
 from curvops.operators.base import LinearOperator
 from curvops.operators.formula import Formula
 
 Cache = Literal["auto"] | bool
+
+_AT_ONCE = 1024
+"""Columns of a dense matrix that are made at a time."""
 
 
 class Piece(Protocol):
@@ -29,8 +34,8 @@ class Piece(Protocol):
         ...
 
     @property
-    def graph_bytes(self) -> int:
-        """Bytes that it holds, with those that its first product will add; costs a walk over the graph."""
+    def footprint(self) -> Footprint:
+        """What it holds, with what its first product will add, and what a product takes; a walk over the graph."""
         ...
 
     def release(self) -> None:
@@ -82,7 +87,8 @@ class DataOperator(LinearOperator):
         self._policy: Cache = cache
         self._linearised: dict[int, _Kept] = {}
         self._all_kept = False
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, Footprint] = {}
+        self._steps: dict[tuple[int, int], int] = {}
         self._generation = objective.refresh()
 
     @property
@@ -133,15 +139,20 @@ class DataOperator(LinearOperator):
 
     def _keep(self, batch: Batch, piece: Piece, room: float) -> int:
         """Keep a piece that fits, release one that does not; returns the bytes taken."""
-        if room <= 0:
-            piece.release()
-            return 0
-        size = self._sizes[batch.index] = piece.graph_bytes
+        if batch.index not in self._sizes or room > 0:
+            self._sizes[batch.index] = piece.footprint
+        size = self._sizes[batch.index].held + self._batch_bytes(batch)
         if size > room:
             piece.release()
             return 0
         self._linearised[batch.index] = _Kept(batch, piece, size)
         return size
+
+    def _batch_bytes(self, batch: Batch) -> int:
+        """Bytes of a batch that lives for as long as its graph; in-memory data are the user's and live anyway."""
+        if self.objective.source.in_memory:
+            return 0
+        return sum(t.untyped_storage().nbytes() for t in [*tensors_of(batch.x), batch.y])
 
     def _sum(self, V: Tensor, product: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Σ over batches of `product(piece, V)`, columns in chunks that fit into the budget."""
@@ -159,19 +170,43 @@ class DataOperator(LinearOperator):
         return torch.zeros_like(V) if total is None else total
 
     def _chunks(self, batch: Batch, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
-        """Ranges of columns whose transients fit into a quarter of the budget.
-
-        A column's transients are taken to be a graph's size, or four parameter vectors where those are larger.
-        """
+        """Ranges of columns whose transients fit into a quarter of the budget."""
         if columns <= 1:  # nothing to divide, and a product with one vector shall not walk over the graph
             yield from [(0, columns)] * columns
             return
         if batch.index not in self._sizes:
-            self._sizes[batch.index] = piece.graph_bytes
-        per_column = max(self._sizes[batch.index], 4 * self.objective.selection.size * self.dtype.itemsize)
-        step = columns_within(self.objective.budget() // 4, self.device, per_column, columns)
+            self._sizes[batch.index] = piece.footprint
+        # Decided once, so that a product repeats to the bit however much memory is free by then.
+        key = (batch.index, columns)
+        if key not in self._steps:
+            self._steps[key] = self._columns_at_once(self._sizes[batch.index], columns)
+        step = self._steps[key]
         for start in range(0, columns, step):
             yield start, min(start + step, columns)
+
+    def _columns_at_once(self, size: Footprint, columns: int) -> int:
+        """A column's transients are taken to be a graph's size, or four parameter vectors where those are larger."""
+        per_column = max(size.held, 4 * self._vector_bytes)
+        return columns_within(self.objective.budget() // 4, self.device, per_column, columns)
+
+    @property
+    def _vector_bytes(self) -> int:
+        return self.objective.selection.size * self.dtype.itemsize
+
+    def _product_need(self, columns: int) -> Need:
+        """One pass: the graphs that it will keep, one being built, and the columns that run at once."""
+        result = columns * self._vector_bytes
+        if not self._sizes:
+            return Need(2 * result, complete=False)
+        batches = self.objective.record.batches or self.objective.source.num_batches or len(self._sizes)
+        held = max(size.held for size in self._sizes.values())
+        to_keep = (batches - len(self._linearised)) * held
+        fitting = 0 if to_keep <= 0 else int(min(to_keep, max(self._room(), 0)))
+        passing = 0
+        for size in self._sizes.values():
+            step = self._columns_at_once(size, columns)
+            passing = max(passing, size.passing(step, self._vector_bytes) + (result if step < columns else 0))
+        return Need(passing + (held if to_keep > fitting else 0) + (result if batches > 1 else 0), fitting)
 
     def _forget(self) -> None:
         for kept in self._linearised.values():
@@ -194,8 +229,13 @@ class DataOperator(LinearOperator):
         return linear_map(V, self._adjoint, self._product)
 
     def _dense(self) -> Tensor:
-        dense = by_columns(self._apply, self.shape[1], 1024, self.dtype, self.device)
-        return (dense + dense.T) / 2 if self.is_symmetric else dense
+        dense = by_columns(self._apply, self.shape[1], _AT_ONCE, self.dtype, self.device)
+        return averaged(dense) if self.is_symmetric else dense
+
+    def _dense_need(self) -> Need:
+        columns = min(_AT_ONCE, self.shape[1])
+        held = self.shape[1] + columns
+        return self._product_need(columns).beside(self.shape[0] * held * self.dtype.itemsize)
 
     def _check_content(self) -> None:
         self.objective.refresh()  # an answer from what is kept makes no pass that would look
@@ -218,9 +258,13 @@ class DataOperator(LinearOperator):
         )
 
     def _explain_product(self) -> str:
-        kept = f"{len(self._linearised)} batches kept" if self._linearised else "nothing kept yet"
+        kept, batches = len(self._linearised), self.objective.record.batches
+        if batches is None:
+            mix = f"{kept} batches kept so far" if kept else "nothing kept yet"
+        else:
+            mix = f"{kept} batches kept, {batches - kept} recomputed in each product"
         return (
-            f"double backward on one graph per batch, cache={self._policy!r} ({kept}); "
+            f"double backward on one graph per batch, cache={self._policy!r} ({mix}), "
             f"columns together on small graphs and accelerators, else in turn"
         )
 
@@ -240,9 +284,26 @@ def by_columns(
     product: Callable[[Tensor], Tensor], size: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """`product` of the identity of that size, at most `step` of its columns at a time."""
-    blocks = []
+    dense: Tensor | None = None
     for start in range(0, size, step):
         unit = torch.zeros(size, min(step, size - start), dtype=dtype, device=device)
         unit[start : start + unit.shape[1]].fill_diagonal_(1.0)
-        blocks.append(product(unit))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        block = product(unit)
+        if unit.shape[1] == size:
+            return block
+        if dense is None:
+            dense = block.new_empty(len(block), size)
+        dense[:, start : start + unit.shape[1]] = block
+    return torch.empty(0, 0, dtype=dtype, device=device) if dense is None else dense
+
+
+def averaged(M: Tensor) -> Tensor:
+    """(M + Mᵀ)/2 in place, tile by tile, so that no second matrix is made."""
+    rows = 512
+    for start in range(0, len(M), rows):
+        here = slice(start, start + rows)
+        for end in range(start, len(M), rows):
+            there = slice(end, end + rows)
+            mean = (M[here, there] + M[there, here].T) / 2
+            M[here, there], M[there, here] = mean, mean.T
+    return M

@@ -16,7 +16,9 @@ from typing_extensions import Unpack
 from curvops.curvature.matrixfree.base import Cache, DataOperator
 from curvops.curvature.matrixfree.forms import Form, HessianForm
 from curvops.curvature.objective import Objective, Options
+from curvops.memory import Need, in_turn
 from curvops.nets.batches import Batch
+from curvops.nets.graph import Footprint
 from curvops.nets.products import Linearisation
 from curvops.operators.base import LinearOperator
 
@@ -37,6 +39,12 @@ class LinearPiece:
     def graph_bytes(self) -> int:
         """Bytes that the graphs hold; the adjoint's, where no product has built it, at as much again at most."""
         return self.linearisation.graph_bytes * (1 if self.linearisation.has_adjoint else 2)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the graphs hold and what a product takes; an adjoint that is not built yet as much again at most."""
+        found = self.linearisation.footprint
+        return found if self.linearisation.has_adjoint else found._replace(held=2 * found.held)
 
     def release(self) -> None:
         """Drop the graphs."""
@@ -71,6 +79,15 @@ class GaussNewton(DataOperator):
 
         dense = dense_from_layers(self)
         return super()._dense() if dense is None else dense
+
+    def _dense_need(self) -> Need:
+        """From the layers' factors a block of the largest parameter beside the matrix; else as products take."""
+        largest = max(self.objective.selection.sizes, default=0)
+        rows, itemsize = self.shape[0], self.dtype.itemsize
+        return in_turn([Need((rows**2 + largest**2) * itemsize), self._product_need(1)])
+
+    def _explain_dense(self) -> str:
+        return f"from the layers' factors, or {super()._explain_dense()} where those cost less"
 
     def _factor(self) -> LinearOperator | None:
         from curvops.curvature.matrixfree.jacobian import Factor

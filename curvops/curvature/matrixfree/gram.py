@@ -18,7 +18,7 @@ from curvops.curvature.matrixfree.jacobian import (
 )
 from curvops.curvature.objective import Objective, Options
 from curvops.errors import UnsupportedError
-from curvops.memory import default_budget
+from curvops.memory import Need, default_budget
 from curvops.operators.base import LinearOperator
 from curvops.operators.formula import Formula
 
@@ -80,6 +80,10 @@ class GramOf(LinearOperator):
         step = max(1, min(n, (budget // 4) // (size * self.dtype.itemsize)))
         dense = by_columns(self._apply, n, step, self.dtype, self.device)
         return (dense + dense.T) / 2
+
+    def _dense_need(self) -> Need:
+        """The result alone: what makes it keeps to the budget."""
+        return Need(self.shape[0] ** 2 * self.dtype.itemsize)
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return (self.curvature,)

@@ -62,14 +62,13 @@ _PLANS = {
 
 
 def explain(operator: LinearOperator, verb_name: str) -> str:
-    """`verb: algorithm (reason)`, or why the verb would refuse."""
+    """`verb: algorithm (reason); about so much memory`, or why the verb would refuse."""
     if verb_name not in ("matvec", "matmat", "rmatvec") and None in operator._known_shape():
         return f"{verb_name}: decided by the shape, which the first forward pass finds (read A.shape first)"
     if verb_name == "to_dense":
-        route = operator._exact("dense")
-        return f"to_dense: {route}" if route else f"to_dense: products with {operator.shape[1]:,} unit columns"
+        return f"to_dense: {operator._exact('dense') or operator._explain_dense()}; {operator._dense_need()}"
     if verb_name in ("matvec", "matmat", "rmatvec"):
-        return f"{verb_name}: {operator._explain_product()}"
+        return f"{verb_name}: {operator._explain_product()}; {operator._product_need(1)}"
     if verb_name not in _PLANS:
         raise ValueError(f"explain({verb_name!r}): expected one of {[*_PLANS, 'to_dense', 'matvec']}.")
     try:
@@ -78,4 +77,5 @@ def explain(operator: LinearOperator, verb_name: str) -> str:
         plan = _PLANS[verb_name](operator)
     except CurvopsError as refusal:
         return f"{verb_name}: refused: {refusal}"
-    return f"{verb_name}: {'refused' if plan.refused else plan.algorithm} ({plan.reason})"
+    memory = "" if plan.need is None or plan.refused else f"; {plan.need()}"
+    return f"{verb_name}: {'refused' if plan.refused else plan.algorithm} ({plan.reason}){memory}"

@@ -15,7 +15,7 @@ from curvops.linalg.probes import resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.operators import methods
 from curvops.operators.routes import diagonal
-from curvops.operators.routes.plan import Plan, dense_is_affordable, product, refuse_method
+from curvops.operators.routes.plan import FIRST_PROBES, Plan, dense_is_affordable, product, refuse_method, vectors
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -62,7 +62,7 @@ def _exact(A: LinearOperator, blocks: Blocks) -> Plan:
         values = torch.stack([value.detach() for value in found.values()])
         return found, replace(report, value=values, bracket=(values, values))
 
-    return Plan(inner.algorithm, inner.reason, run)
+    return Plan(inner.algorithm, inner.reason, run, need=inner.need)
 
 
 def _estimate(A: LinearOperator, blocks: Blocks, method: methods.Hutchinson, reason: str) -> Plan:
@@ -77,4 +77,7 @@ def _estimate(A: LinearOperator, blocks: Blocks, method: methods.Hutchinson, rea
         settle(found, report, method.on_failure, _ADVICE)
         return found, report
 
-    return Plan("Hutchinson per block", reason, run)
+    return Plan(
+        "Hutchinson per block", reason, run,
+        need=lambda: A._product_need(FIRST_PROBES).beside(vectors(A, 3 * FIRST_PROBES)),
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from curvops.linalg.probes import rademacher, resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.traces import hutchinson_diagonal
 from curvops.linalg.xtrace import xdiag
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.autograd import with_gradient_of
 from curvops.operators.routes.plan import (
+    FIRST_PROBES,
     Plan,
     counted,
     dense_is_affordable,
@@ -23,6 +26,8 @@ from curvops.operators.routes.plan import (
     probes_within_memory,
     product,
     refuse_method,
+    sketch_need,
+    vectors,
 )
 
 if TYPE_CHECKING:
@@ -39,19 +44,23 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
         raise refuse_method("diagonal", method, "Hutchinson", "XDiag")
     closed_form = A._exact("diagonal")
     if closed_form:
-        return _exact(A, closed_form, "closed form of the structure", A._diagonal)
+        return _exact(A, closed_form, "closed form of the structure", None, A._diagonal)
     if dense_is_affordable(A):
-        return _exact(A, "diagonal of the dense matrix", dense_reason(A), lambda: A._dense().diagonal().clone())
+        return _exact(
+            A, "diagonal of the dense matrix", dense_reason(A), A._dense_need, lambda: A._dense().diagonal().clone()
+        )
     return _estimate(A, methods.XDiag(), f"P = {A.shape[0]:,} is too large for a dense copy")
 
 
-def _exact(A: LinearOperator, name: str, reason: str, compute: object) -> Plan:
+def _exact(
+    A: LinearOperator, name: str, reason: str, need: Callable[[], Need] | None, compute: Callable[[], Tensor]
+) -> Plan:
     def run() -> tuple[Tensor, EstimateReport]:
         spent = counted(A)
-        value = compute()  # type: ignore[operator]
+        value = compute()
         return value, exact_report(value, name, reason, spent)
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=need)
 
 
 def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XDiag, reason: str) -> Plan:
@@ -72,4 +81,9 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XDiag, rea
             value = with_gradient_of(value, (Z * A._apply(Z)).mean(1))
         return value, report
 
-    return Plan(name, reason, run)
+    def need() -> Need:
+        if isinstance(method, methods.XDiag):
+            return sketch_need(A, method.probes)
+        return A._product_need(FIRST_PROBES).beside(vectors(A, 3 * FIRST_PROBES))
+
+    return Plan(name, reason, run, need=need)

@@ -15,8 +15,18 @@ from torch import Tensor
 
 from curvops.linalg import eigenpairs
 from curvops.linalg.results import Eigenpairs, OnFailure, Report, settle
+from curvops.memory import Need
 from curvops.operators import methods
-from curvops.operators.routes.plan import MAX_DENSE, Plan, counted, dense_is_affordable, dense_reason, product
+from curvops.operators.routes.plan import (
+    EIGH,
+    MAX_DENSE,
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_need,
+    dense_reason,
+    product,
+)
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -40,6 +50,7 @@ def eigsh(
     on_failure: OnFailure,
 ) -> tuple[Eigenpairs, Report]:
     """See `LinearOperator.eigsh`."""
+    Plan("ARPACK", "", eigsh, need=lambda: need(A, k, sigma)).started(A, "eigsh")
     spent = counted(A)
     if sigma is not None and _dense_for_shift(A):
         return _dense(A, k, which, sigma, _shift_reason(A))
@@ -67,7 +78,15 @@ def describe(A: LinearOperator) -> Plan:
     dense = not A._holds_tensors() and dense_is_affordable(A)
     later = ", and a dense eigendecomposition where it does not settle within about P products" if dense else ""
     reason = f"residuals recomputed, multiplicities completed{later}"
-    return Plan("ARPACK (scipy.sparse.linalg.eigsh)", reason, eigsh)
+    return Plan("ARPACK (scipy.sparse.linalg.eigsh)", reason, eigsh, need=lambda: need(A, 6, None))
+
+
+def need(A: LinearOperator, k: int, sigma: float | None) -> Need:
+    """ARPACK's Krylov vectors and four more, its pairs and their products, in float64."""
+    if sigma is not None and _dense_for_shift(A):
+        return dense_need(A, EIGH)
+    entries = (eigenpairs.krylov_vectors(A.shape[0], k) + 4 + 2 * k) * A.shape[0]
+    return A._product_need(k).beside(8 * entries)
 
 
 def _dense(A: LinearOperator, k: int, which: Any, sigma: float | None, reason: str) -> tuple[Eigenpairs, Report]:

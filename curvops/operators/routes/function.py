@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 
 from curvops.errors import UnsupportedError
-from curvops.linalg.functions import apply_function, inv_sqrt, sqrt
+from curvops.linalg.functions import FIRST_STEPS, apply_function, inv_sqrt, slab, sqrt
 from curvops.linalg.results import Report, settle
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.autograd import linear_map
 from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
+    EIGH,
     Plan,
     counted,
     dense_is_affordable,
+    dense_need,
     dense_reason,
+    lanczos_need,
     product,
     refuse_method,
     resolvable,
+    steps_within_memory,
 )
 
 if TYPE_CHECKING:
@@ -38,26 +43,30 @@ _ADVICE = 'Give more steps (Lanczos(steps=)), a larger damping, or on_failure="w
 Elementwise = Callable[[Tensor], Tensor]
 
 
-def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None) -> Plan:
-    """The plan for `A.function(f, v, method)`; its `run` takes v as columns."""
+def plan(A: LinearOperator, f: Elementwise, method: methods.Method | None, columns: int = 1) -> Plan:
+    """The plan for `A.function(f, v, method)`; its `run` takes v as columns, as many as announced."""
     closed_form = A._exact("function")
     if method is None and closed_form:
         return _exact(A, closed_form, "closed form of the structure", lambda V: A._function(f, V))
     if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
         reason = dense_reason(A) if method is None else "asked for"
-        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_eigen(A)._function(f, V))
+        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_eigen(A)._function(f, V), dense=True)
     if method is None or isinstance(method, methods.Lanczos):
         reason = f"P = {A.shape[0]:,} is too large for a dense copy" if method is None else "asked for"
 
         def driver(matmat: Elementwise, V: Tensor, **options: Any) -> tuple[Tensor, Report]:
             return apply_function(matmat, f, V, **options)
 
-        return _lanczos(A, driver, method or methods.Lanczos(), reason, A.lower_bound)
+        return _lanczos(A, driver, method or methods.Lanczos(), reason, A.lower_bound, columns)
     raise refuse_method("function", method, "Eigh", "Lanczos")
 
 
 def plan_power(
-    A: LinearOperator, power: float, method: methods.Method | None, established: float | None = None
+    A: LinearOperator,
+    power: float,
+    method: methods.Method | None,
+    established: float | None = None,
+    columns: int = 1,
 ) -> Plan:
     """The plan for `A^power v`, power ±½: definiteness is checked by the exact routes and required by Lanczos."""
     if not isinstance(method, methods.Eigh | methods.Lanczos | None):
@@ -67,12 +76,12 @@ def plan_power(
         return _exact(A, closed_form, "closed form of the structure", lambda V: A._power_apply(power, V))
     if isinstance(method, methods.Eigh) or (method is None and dense_is_affordable(A)):
         reason = dense_reason(A) if method is None else "asked for"
-        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V))
+        return _exact(A, "dense eigendecomposition", reason, lambda V: _dense_power(A, power, V), dense=True)
     reason = f"P = {A.shape[0]:,} is too large for a dense copy" if method is None else "asked for"
     bound = A.lower_bound if established is None else established
     if bound is None or bound < 0 or (power < 0 and bound == 0):
-        return indefinite(A, f"A^{power:+g} v", reason, lambda found, why: plan_power(A, power, method, found))
-    return _lanczos(A, inv_sqrt if power < 0 else sqrt, method or methods.Lanczos(), reason, bound)
+        return indefinite(A, f"A^{power:+g} v", reason, lambda found, why: plan_power(A, power, method, found, columns))
+    return _lanczos(A, inv_sqrt if power < 0 else sqrt, method or methods.Lanczos(), reason, bound, columns)
 
 
 def _dense_power(A: LinearOperator, power: float, V: Tensor) -> Tensor:
@@ -86,14 +95,14 @@ def _dense_eigen(A: LinearOperator):
     return Dense(A.to_dense(), is_symmetric=True)._spectral()
 
 
-def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise) -> Plan:
+def _exact(A: LinearOperator, name: str, reason: str, compute: Elementwise, *, dense: bool = False) -> Plan:
     def run(V: Tensor) -> tuple[Tensor, Report]:
         spent = counted(A)
         X = compute(V)
         matvecs, seconds = spent()
         return X, Report(algorithm=name, reason=reason, matvecs=matvecs, seconds=seconds)
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=(lambda: dense_need(A, EIGH)) if dense else None)
 
 
 def _lanczos(
@@ -102,8 +111,14 @@ def _lanczos(
     method: methods.Lanczos,
     reason: str,
     bound: float | None,
+    columns: int,
 ) -> Plan:
+    def need() -> Need:
+        steps = min(method.steps or FIRST_STEPS, A.shape[0])
+        return lanczos_need(A, min(columns, slab(A.shape[0], A.dtype)), steps, grows=method.steps is None)
+
     def run(V: Tensor) -> tuple[Tensor, Report]:
+        most = method.steps or steps_within_memory(A, min(V.shape[1], slab(A.shape[0], A.dtype)))
         if torch.is_grad_enabled() and A._requires_grad():
             raise UnsupportedError(
                 f"f(A) v by Lanczos has no gradient with respect to the damping or factors of {A!r}; use Eigh(), or "
@@ -113,7 +128,7 @@ def _lanczos(
 
         def apply(W: Tensor) -> Tensor:
             rtol = methods.SOLVE_RTOL[A.dtype] if method.rtol is None else method.rtol
-            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=bound)
+            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=most, lower_bound=bound)
             # Exactly the asked number of steps, without a target, is an answer as asked.
             if method.steps is not None and method.rtol is None:
                 report = replace(report, converged=True)
@@ -124,4 +139,4 @@ def _lanczos(
         X = linear_map(V, apply, apply)
         return X, replace(reports[0], reason=f"{reason}; {reports[0].reason}")
 
-    return Plan("Lanczos", reason, run)
+    return Plan("Lanczos", reason, run, need=need)

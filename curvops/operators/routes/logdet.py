@@ -17,23 +17,30 @@ from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg import dense
+from curvops.linalg.growth import FIRST_STEPS, together
 from curvops.linalg.probes import resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.slq import slq_logdet
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.dense import definite_cholesky
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
+    EIGH,
+    FIRST_PROBES,
     Plan,
     chosen_at_run,
     counted,
     dense_is_affordable,
+    dense_need,
     dense_reason,
     exact_report,
+    lanczos_need,
     product,
     refuse_method,
     resolvable,
+    steps_within_memory,
 )
 from curvops.operators.routes.stochasticgradient import StochasticGradient
 
@@ -88,7 +95,7 @@ def plan_signed(A: LinearOperator) -> Plan:
     if closed_form:
         return Plan(closed_form, "closed form of the structure", A._slogdet)
     if dense_is_affordable(A):
-        return Plan("dense LU", dense_reason(A), lambda: dense.slogdet(A.to_dense()))
+        return Plan("dense LU", dense_reason(A), lambda: dense.slogdet(A.to_dense()), need=lambda: dense_need(A))
     raise UnsupportedError(
         f"slogdet: {A!r} has no closed form and is too large for a dense LU; logdet() estimates where the spectrum is "
         f"known to be positive."
@@ -127,7 +134,7 @@ def _cholesky(A: LinearOperator, reason: str) -> Plan:
         value = dense.logdet_cholesky(L)
         return value, exact_report(value, "dense Cholesky", reason + note, spent)
 
-    return Plan("dense Cholesky", reason, run)
+    return Plan("dense Cholesky", reason, run, need=lambda: dense_need(A))
 
 
 def _eigh(A: LinearOperator) -> Plan:
@@ -139,7 +146,7 @@ def _eigh(A: LinearOperator) -> Plan:
         value = Dense(operator.to_dense(), is_symmetric=True)._spectral()._logdet()
         return value, exact_report(value, "dense eigendecomposition", "asked for" + note, spent)
 
-    return Plan("dense eigendecomposition", "asked for", run)
+    return Plan("dense eigendecomposition", "asked for", run, need=lambda: dense_need(A, EIGH))
 
 
 def _function_space(dual: FunctionSpaceForm, reason: str) -> Plan:
@@ -153,7 +160,7 @@ def _function_space(dual: FunctionSpaceForm, reason: str) -> Plan:
         value = form.logdet()
         return value, exact_report(value, name, reason + note, spent)
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=dual.need if dual.known_rows is not None else None)
 
 
 def _slq(A: LinearOperator, method: methods.SLQ, reason: str, established: float | None = None) -> Plan:
@@ -167,6 +174,7 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str, established: float
         value, report = slq_logdet(
             product(operator), operator.shape[0], lower_bound=bound, probes=method.probes, steps=method.steps,
             seed=seed, dtype=operator.dtype, device=operator.device, rtol=method.rtol, atol=method.atol,
+            max_steps=max(method.steps or 0, steps_within_memory(operator, FIRST_PROBES)),
         )  # fmt: skip
         report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
@@ -177,4 +185,11 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str, established: float
             report = replace(report, gradient_stderr=gradient.stderr)
         return estimate, report
 
-    return Plan("SLQ", reason, run)
+    return Plan("SLQ", reason, run, need=lambda: _slq_need(A, method))
+
+
+def _slq_need(A: LinearOperator, method: methods.SLQ) -> Need:
+    """The first probes at the first depth."""
+    probes, steps = method.probes or FIRST_PROBES, min(method.steps or FIRST_STEPS, A.shape[0])
+    probes = min(probes, together(A.shape[0], steps, A.dtype))
+    return lanczos_need(A, probes, steps, grows=method.probes is None or method.steps is None)

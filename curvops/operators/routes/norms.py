@@ -12,8 +12,10 @@ from torch import Tensor
 
 from curvops.linalg import norms
 from curvops.linalg.results import EstimateReport, settle
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.routes.plan import (
+    FIRST_PROBES,
     Plan,
     counted,
     dense_is_affordable,
@@ -21,6 +23,7 @@ from curvops.operators.routes.plan import (
     exact_report,
     product,
     refuse_method,
+    vectors,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ def frobenius(A: LinearOperator, method: methods.Method | None) -> Plan:
         settle(estimate, report, chosen.on_failure, "Give more probes, or a wider rtol.")
         return estimate, report
 
-    return Plan("Hutchinson", "too large for a dense copy" if method is None else "asked for", run)
+    reason = "too large for a dense copy" if method is None else "asked for"
+    return Plan("Hutchinson", reason, run, need=lambda: A._product_need(FIRST_PROBES).beside(vectors(A, 30)))
 
 
 def spectral(A: LinearOperator, rtol: float) -> Plan:
@@ -77,8 +81,12 @@ def _lanczos_norm(
         settle(value, report, "raise", "Give a wider rtol.")
         return torch.as_tensor(value, dtype=torch.float64, device=A.device), report
 
+    def need() -> Need:
+        steps = norms.depth(A.shape[1], min(2 * rtol, 0.5) if squared else rtol, is_psd)
+        return A._product_need(1).beside(A.shape[1] * (steps + 5) * A.dtype.itemsize)
+
     of = "AᵀA" if squared else "A"
-    return Plan("Lanczos", f"largest stretch in a Krylov space of {of}, bracketed to {rtol:g}", run)
+    return Plan("Lanczos", f"largest stretch in a Krylov space of {of}, bracketed to {rtol:g}", run, need=need)
 
 
 def _dense(A: LinearOperator, norm: object) -> Plan:
@@ -89,4 +97,4 @@ def _dense(A: LinearOperator, norm: object) -> Plan:
         value = norm(A.to_dense())  # type: ignore[operator]
         return value, exact_report(value, "dense matrix", reason, spent)
 
-    return Plan("dense matrix", reason, run)
+    return Plan("dense matrix", reason, run, need=A._dense_need)

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.norms import spectral_norm
 from curvops.linalg.results import EstimateReport
-from curvops.memory import default_budget
+from curvops.memory import Need, default_budget, in_turn, require
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
@@ -26,6 +26,15 @@ MAX_DENSE = 4096
 MAX_DENSE_HELD = 16384
 """Largest size at which a matrix that is already made of tensors is factorised densely."""
 
+NEGLIGIBLE = 2**20
+"""Bytes up to which no verb is refused for its working memory: a megabyte hurts nobody."""
+
+FIRST_PROBES = 10
+"""Probes that estimators start with."""
+
+EIGH = 4.5
+"""Matrices alive in a symmetric eigendecomposition: the matrix, its vectors, and twice as much workspace."""
+
 _DENSE_COPIES = 4  # the matrix, its factor, and workspace
 
 
@@ -33,13 +42,30 @@ _DENSE_COPIES = 4  # the matrix, its factor, and workspace
 class Plan:
     """An algorithm chosen: its name, why, and what runs it, returning `(value, report)`.
 
-    A refused plan's `run` raises the error that tells the user what stands in the way.
+    A refused plan's `run` raises the error that tells the user what stands in the way. `need`, where the algorithm
+    takes memory worth the name, is what `explain` shows and `started` holds against the budget.
     """
 
     algorithm: str
     reason: str
     run: Callable[..., Any]
     refused: bool = False
+    need: Callable[[], Need] | None = None
+
+    def started(self, operator: LinearOperator, verb_name: str) -> Callable[..., Any]:
+        """`run`, if what it needs is within the operator's memory budget, or too little to be worth a refusal.
+
+        Raises:
+            MemoryBudgetError: It is not.
+        """
+        needed = 0 if self.need is None else self.need().peak
+        if needed > NEGLIGIBLE:
+            require(
+                needed, operator.memory_budget, operator.device,
+                f"{verb_name} of {operator!r} by {self.algorithm}",
+                "Ask for fewer columns or probes at a time, restrict params, or raise memory_budget.",
+            )  # fmt: skip
+        return self.run
 
 
 def chosen_at_run(dual: FunctionSpaceForm, verb_name: str, choose: Callable[[], Plan]) -> Plan:
@@ -65,10 +91,38 @@ def dense_is_affordable(operator: LinearOperator) -> bool:
     return size <= limit and _DENSE_COPIES * size * size * operator.dtype.itemsize <= budget
 
 
-def probes_within_memory(operator: LinearOperator) -> int:
-    """Probes that an estimator which keeps four vectors for each may use."""
+def vectors(operator: LinearOperator, count: float) -> float:
+    """Bytes of so many vectors of the operator's size."""
+    return count * operator.shape[0] * operator.dtype.itemsize
+
+
+def dense_need(operator: LinearOperator, matrices: float = 2.75) -> Need:
+    """A dense copy, and then its factorisation, in which so many matrices are alive (Cholesky; `EIGH` otherwise)."""
+    factorised = Need(int(vectors(operator, matrices * operator.shape[0])))
+    return in_turn([operator._dense_need(), factorised])
+
+
+def lanczos_need(operator: LinearOperator, probes: int, steps: int, *, grows: bool = False) -> Need:
+    """Lanczos from `probes` vectors at a time: their bases, five vectors each, and a product."""
+    return operator._product_need(probes).beside(vectors(operator, probes * (steps + 5)), grows=grows)
+
+
+def sketch_need(operator: LinearOperator, probes: int | None) -> Need:
+    """XTrace and XDiag: seven vectors for each probe, of which there are ten at first."""
+    count = min(probes or FIRST_PROBES, operator.shape[0])
+    return operator._product_need(count).beside(vectors(operator, 7 * count), grows=probes is None)
+
+
+def steps_within_memory(operator: LinearOperator, probes: int) -> int:
+    """Lanczos steps that `probes` bases kept side by side may take in half of the budget; twenty at least."""
     budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
-    return max(10, min(5000, budget // (4 * operator.shape[0] * operator.dtype.itemsize)))
+    return max(20, min(1000, max(budget, NEGLIGIBLE) // 2 // max(1, int(vectors(operator, probes)))))
+
+
+def probes_within_memory(operator: LinearOperator) -> int:
+    """Probes that an estimator which takes seven vectors for each, while they grow, may use."""
+    budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
+    return max(10, min(5000, budget // (7 * operator.shape[0] * operator.dtype.itemsize)))
 
 
 def dense_reason(operator: LinearOperator) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvops.errors import UnsupportedError
 from curvops.linalg.results import Report, settle
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import definite_cholesky
@@ -31,9 +32,11 @@ from curvops.operators.routes.plan import (
     chosen_at_run,
     counted,
     dense_is_affordable,
+    dense_need,
     dense_reason,
     refuse_method,
     resolvable,
+    vectors,
 )
 from curvops.operators.routes.preconditioning import solve_cg
 
@@ -46,30 +49,33 @@ Noise = Callable[[int], Tensor]
 _LANCZOS_RTOL = 1e-3
 """Error of a draw by Lanczos, relative to its length: far below what any number of draws can tell."""
 
+_DRAW_VECTORS = 10
+"""Vectors a draw: those of CG, the perturbation, the noise and the start; the preconditioner's sketch comes on top."""
+
 _ADVICE = 'Give a larger rtol or damping, or on_failure="warn" to take the draws with the residuals reported.'
 
 
-def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
-    """The plan for n draws; its `run` takes a source of noise and returns `(P, n)` and a report."""
+def plan(A: LinearOperator, method: methods.Method | None, draws: int = 1) -> Plan:
+    """The plan for so many draws; its `run` takes a source of noise and returns `(P, n)` and a report."""
     A._require_symmetric("sample")
     if method is not None:
-        return _plan_given(A, method)
+        return _plan_given(A, method, draws)
     closed_form = A._exact("sample")
     if closed_form:
         return _exact(A, closed_form, "closed form of the structure", lambda noise: A._inverse_root(noise(A.shape[0])))
     dual = function_space(A, must=False) if not A._holds_tensors() else None
     if dual is not None and dual.known_rows is None:
-        return chosen_at_run(dual, "sample", lambda: plan(A, None))
+        return chosen_at_run(dual, "sample", lambda: plan(A, None, draws))
     if dual is not None and dual.is_affordable() and dual.rows < A.shape[0]:
-        return _exact(A, dual.algorithm("sample"), f"n = {dual.rows:,} < P = {A.shape[0]:,}", dual.sample)
+        return _exact(A, dual.algorithm("sample"), f"n = {dual.rows:,} < P = {A.shape[0]:,}", dual.sample, dual.need)
     if dense_is_affordable(A):
         return _cholesky(A, dense_reason(A))
     if has_factors(A):
-        return _perturb(A, methods.PerturbAndSolve(), "a sum of curvatures with factors and a positive diagonal")
-    return _lanczos(A, methods.Lanczos(), "positive definite and matrix-free")
+        return _perturb(A, methods.PerturbAndSolve(), "a sum of curvatures with factors and a positive diagonal", draws)
+    return _lanczos(A, methods.Lanczos(), "positive definite and matrix-free", draws)
 
 
-def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
+def _plan_given(A: LinearOperator, method: methods.Method, draws: int) -> Plan:
     reason = "asked for"
     if isinstance(method, methods.Cholesky):
         return _cholesky(A, reason)
@@ -79,24 +85,30 @@ def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
                 f"PerturbAndSolve() needs a sum of curvatures with factors (GGN, MCFisher, EmpiricalFisher, Kronecker, "
                 f"low rank) and a positive diagonal; got {A!r}. Use Lanczos() or Cholesky()."
             )
-        return _perturb(A, method, reason)
+        return _perturb(A, method, reason, draws)
     if isinstance(method, methods.FunctionSpace):
         dual = function_space(A)
         assert dual is not None
-        return _exact(A, dual.algorithm("sample"), reason, dual.sample)
+        return _exact(A, dual.algorithm("sample"), reason, dual.sample, dual.need)
     if isinstance(method, methods.Lanczos | methods.Eigh):
-        return _lanczos(A, method, reason)
+        return _lanczos(A, method, reason, draws)
     raise refuse_method("sample", method, "Cholesky", "Eigh", "FunctionSpace", "PerturbAndSolve", "Lanczos")
 
 
-def _exact(A: LinearOperator, name: str, reason: str, draw: Callable[[Noise], Tensor]) -> Plan:
+def _exact(
+    A: LinearOperator,
+    name: str,
+    reason: str,
+    draw: Callable[[Noise], Tensor],
+    need: Callable[[], Need] | None = None,
+) -> Plan:
     def run(noise: Noise) -> tuple[Tensor, Report]:
         spent = counted(A)
         Z = draw(noise)
         matvecs, seconds = spent()
         return Z, Report(algorithm=name, reason=reason, matvecs=matvecs, seconds=seconds)
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=need)
 
 
 def _cholesky(A: LinearOperator, reason: str) -> Plan:
@@ -106,22 +118,26 @@ def _cholesky(A: LinearOperator, reason: str) -> Plan:
         E = noise(A.shape[0]).to(L.dtype)
         return torch.linalg.solve_triangular(L.T, E, upper=True).to(A.dtype)
 
-    return _exact(A, "dense Cholesky", reason, draw)
+    return _exact(A, "dense Cholesky", reason, draw, lambda: dense_need(A))
 
 
 def _lanczos(
-    A: LinearOperator, method: methods.Lanczos | methods.Eigh, reason: str, established: float | None = None
+    A: LinearOperator,
+    method: methods.Lanczos | methods.Eigh,
+    reason: str,
+    draws: int,
+    established: float | None = None,
 ) -> Plan:
     bound = A.lower_bound if established is None else established
     if isinstance(method, methods.Lanczos) and (bound is None or bound <= 0):
-        return indefinite(A, "sample", reason, lambda found, why: _lanczos(A, method, why, found))
+        return indefinite(A, "sample", reason, lambda found, why: _lanczos(A, method, why, draws, found))
     if isinstance(method, methods.Lanczos) and method.steps is None and method.rtol is None:
         method = replace(method, rtol=_LANCZOS_RTOL)
-    inner = function.plan_power(A, -0.5, method, bound)
-    return Plan(inner.algorithm, reason, lambda noise: inner.run(noise(A.shape[0])))
+    inner = function.plan_power(A, -0.5, method, bound, draws)
+    return Plan(inner.algorithm, reason, lambda noise: inner.run(noise(A.shape[0])), need=inner.need)
 
 
-def _perturb(A: LinearOperator, method: methods.PerturbAndSolve, reason: str) -> Plan:
+def _perturb(A: LinearOperator, method: methods.PerturbAndSolve, reason: str, draws: int) -> Plan:
     def run(noise: Noise) -> tuple[Tensor, Report]:
         spent = counted(A)
         B, X0 = _perturbation(A, noise)
@@ -133,7 +149,10 @@ def _perturb(A: LinearOperator, method: methods.PerturbAndSolve, reason: str) ->
         settle(X, report, method.on_failure, _ADVICE)
         return X, report
 
-    return Plan("PerturbAndSolve", reason, run)
+    def need() -> Need:
+        return A._product_need(draws).beside(vectors(A, _DRAW_VECTORS * draws), grows=True)
+
+    return Plan("PerturbAndSolve", reason, run, need=need)
 
 
 def has_factors(A: LinearOperator) -> bool:

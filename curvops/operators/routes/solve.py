@@ -30,9 +30,11 @@ from curvops.operators.routes.plan import (
     Plan,
     counted,
     dense_is_affordable,
+    dense_need,
     dense_reason,
     product,
     refuse_method,
+    vectors,
 )
 from curvops.operators.routes.preconditioning import solve_cg
 
@@ -42,19 +44,19 @@ if TYPE_CHECKING:
 Solution = tuple[Tensor, SolveReport]
 
 
-def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
-    """The plan for `A.solve(b, method)`; its `run` takes b as columns."""
+def plan(A: LinearOperator, method: methods.Method | None, columns: int = 1) -> Plan:
+    """The plan for `A.solve(b, method)`; its `run` takes b as columns, as many as announced."""
     if method is not None:
-        return _plan_given(A, method)
+        return _plan_given(A, method, columns)
     closed_form = A._exact("solve")
     if closed_form:
         return _direct(A, closed_form, "closed form of the structure", A._solve)
     if A._holds_tensors() and dense_is_affordable(A):
         return _dense(A, dense_reason(A))
     if A.is_psd:
-        return _iterative(A, methods.CG(), "positive semidefinite and matrix-free")
+        return _iterative(A, methods.CG(), "positive semidefinite and matrix-free", columns)
     if A.is_symmetric:
-        return _iterative(A, methods.MINRES(), "symmetric, not known to be positive semidefinite")
+        return _iterative(A, methods.MINRES(), "symmetric, not known to be positive semidefinite", columns)
     if dense_is_affordable(A):
         return _dense(A, dense_reason(A))
     raise UnsupportedError(
@@ -63,25 +65,27 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
     )
 
 
-def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
+def _plan_given(A: LinearOperator, method: methods.Method, columns: int) -> Plan:
     reason = "asked for"
     if isinstance(method, methods.CG):
         if not A.is_symmetric:
             raise UnsupportedError(
                 f"solve: CG needs a symmetric operator; {A!r} is not known to be. Use LU() or GMRES."
             )
-        return _iterative(A, method, reason)
+        return _iterative(A, method, reason, columns)
     if isinstance(method, methods.MINRES):
         A._require_symmetric("solve by MINRES")
-        return _iterative(A, method, reason)
+        return _iterative(A, method, reason, columns)
     if isinstance(method, methods.Cholesky):
         A._require_symmetric("solve by Cholesky")
-        return _direct(A, "dense Cholesky", reason, lambda B: _by_cholesky(A, B))
+        return _direct(A, "dense Cholesky", reason, lambda B: _by_cholesky(A, B), dense=True)
     if isinstance(method, methods.Eigh):
         A._require_symmetric("solve by Eigh")
-        return _direct(A, "dense eigendecomposition", reason, lambda B: _dense_copy(A)._spectral()._solve(B))
+        return _direct(
+            A, "dense eigendecomposition", reason, lambda B: _dense_copy(A)._spectral()._solve(B), dense=True
+        )
     if isinstance(method, methods.LU):
-        return _direct(A, "dense LU", reason, lambda B: torch.linalg.solve(A.to_dense(), B))
+        return _direct(A, "dense LU", reason, lambda B: torch.linalg.solve(A.to_dense(), B), dense=True)
     if isinstance(method, methods.FunctionSpace):
         dual = function_space(A)
         assert dual is not None
@@ -91,7 +95,7 @@ def _plan_given(A: LinearOperator, method: methods.Method) -> Plan:
 
 def _dense(A: LinearOperator, reason: str) -> Plan:
     name = "dense Cholesky" if A.is_symmetric else "dense LU"
-    return _direct(A, name, reason, lambda B: _dense_copy(A)._solve(B))
+    return _direct(A, name, reason, lambda B: _dense_copy(A)._solve(B), dense=True)
 
 
 def _dense_copy(A: LinearOperator) -> Dense:
@@ -110,7 +114,9 @@ def _by_cholesky(A: LinearOperator, B: Tensor) -> Tensor:
     return dense.solve_cholesky(L, B)
 
 
-def _direct(A: LinearOperator, name: str, reason: str, solver: Callable[[Tensor], Tensor]) -> Plan:
+def _direct(
+    A: LinearOperator, name: str, reason: str, solver: Callable[[Tensor], Tensor], *, dense: bool = False
+) -> Plan:
     """A factorisation's answer, held to the residual of an iterative one, with a step of refinement if need be."""
 
     def run(B: Tensor) -> Solution:
@@ -146,13 +152,13 @@ def _direct(A: LinearOperator, name: str, reason: str, solver: Callable[[Tensor]
         settle(X, report, "raise", _DIRECT_ADVICE)
         return X, report
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=(lambda: dense_need(A)) if dense else None)
 
 
 _DIRECT_ADVICE = "Solve in float64 (A.to(torch.float64)), add a diagonal, or take the x that this error carries."
 
 
-def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: str) -> Plan:
+def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: str, columns: int) -> Plan:
     name = type(method).__name__
 
     def run(B: Tensor) -> Solution:
@@ -164,8 +170,12 @@ def _iterative(A: LinearOperator, method: methods.CG | methods.MINRES, reason: s
             X = implicit_solution(residual, X, lambda G: _certified_or_raise(A, method, G.to(A.dtype)).to(A.dtype))
         return X, report
 
-    return Plan(name, reason, run)
+    held = _SOLVER_VECTORS[name] * columns
+    return Plan(name, reason, run, need=lambda: A._product_need(columns).beside(vectors(A, held)))
 
+
+_SOLVER_VECTORS = {"CG": 7, "MINRES": 10}
+"""Vectors a column: right-hand side as given and scaled, iterate and best iterate, recurrences, answer."""
 
 _ADVICE = {
     "CG": "Raise max_iters or rtol, give a preconditioner (Nystrom()), use Cholesky() if P allows, or "

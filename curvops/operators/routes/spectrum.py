@@ -15,11 +15,46 @@ from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.probes import resolve_seed
 from curvops.linalg.spectrum import Spectrum, exact_spectrum
 from curvops.linalg.spectrum import spectrum as lanczos_spectrum
+from curvops.memory import Need
 from curvops.operators import methods
-from curvops.operators.routes.plan import Plan, counted, dense_is_affordable, product, refuse_method
+from curvops.operators.routes.plan import (
+    EIGH,
+    Plan,
+    counted,
+    dense_is_affordable,
+    dense_need,
+    lanczos_need,
+    product,
+    refuse_method,
+)
 
 if TYPE_CHECKING:
     from curvops.operators.base import LinearOperator
+
+
+def plan(
+    A: LinearOperator,
+    probes: int,
+    steps: int,
+    method: methods.Method | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Plan:
+    """The plan for `A.spectrum(probes, steps, method)`."""
+
+    def run() -> Spectrum:
+        return spectrum(A, probes, steps, method, generator=generator, progress=progress)
+
+    def need() -> Need:
+        if isinstance(method, methods.FunctionSpace):  # the Gram matrix, whose own verb holds it against the budget
+            return Need()
+        if isinstance(method, methods.Eigh):
+            return dense_need(A, EIGH) if A._holds_tensors() or _gram(A) is None else Need()
+        return lanczos_need(A, probes, min(steps, A.shape[0]))
+
+    reason = "probes · steps products, then any number of questions"
+    return Plan("stochastic Lanczos quadrature", reason, run, need=need)
 
 
 def spectrum(
@@ -81,6 +116,6 @@ def _lower_bound(A: LinearOperator) -> float | None:
 
 
 def describe(A: LinearOperator) -> Plan:
-    """What `explain("spectrum")` says."""
+    """What `explain("spectrum")` says, of the verb's defaults."""
     A._require_symmetric("spectrum")
-    return Plan("stochastic Lanczos quadrature", "probes · steps products, then any number of questions", spectrum)
+    return plan(A, 10, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from curvops.linalg.probes import rademacher, resolve_seed
 from curvops.linalg.results import EstimateReport, settle
 from curvops.linalg.traces import hutchinson_trace
 from curvops.linalg.xtrace import xtrace
+from curvops.memory import Need
 from curvops.operators import methods
 from curvops.operators.autograd import with_gradient_of
 from curvops.operators.routes.plan import (
+    FIRST_PROBES,
     Plan,
     counted,
     dense_is_affordable,
@@ -23,6 +26,8 @@ from curvops.operators.routes.plan import (
     probes_within_memory,
     product,
     refuse_method,
+    sketch_need,
+    vectors,
 )
 
 if TYPE_CHECKING:
@@ -42,22 +47,24 @@ def plan(A: LinearOperator, method: methods.Method | None) -> Plan:
         raise refuse_method("trace", method, "Hutchinson", "XTrace")
     closed_form = A._exact("trace")
     if closed_form:
-        return _exact(A, closed_form, "closed form of the structure", A._trace)
+        return _exact(A, closed_form, "closed form of the structure", None, A._trace)
     if dense_is_affordable(A):
-        return _exact(A, "diagonal of the dense matrix", dense_reason(A), lambda: A._dense().trace())
+        return _exact(A, "diagonal of the dense matrix", dense_reason(A), A._dense_need, lambda: A._dense().trace())
     too_large = f"P = {A.shape[0]:,} is too large for a dense copy"
     if probes_within_memory(A) >= _WORTHWHILE:
         return _estimate(A, methods.XTrace(), too_large)
     return _estimate(A, methods.Hutchinson(), f"{too_large}, and the sketch of XTrace for the memory budget")
 
 
-def _exact(A: LinearOperator, name: str, reason: str, compute: object) -> Plan:
+def _exact(
+    A: LinearOperator, name: str, reason: str, need: Callable[[], Need] | None, compute: Callable[[], Tensor]
+) -> Plan:
     def run() -> tuple[Tensor, EstimateReport]:
         spent = counted(A)
-        value = compute()  # type: ignore[operator]
+        value = compute()
         return value, exact_report(value, name, reason, spent)
 
-    return Plan(name, reason, run)
+    return Plan(name, reason, run, need=need)
 
 
 def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, reason: str) -> Plan:
@@ -79,4 +86,9 @@ def _estimate(A: LinearOperator, method: methods.Hutchinson | methods.XTrace, re
             estimate = with_gradient_of(estimate, (Z * A._apply(Z)).sum(dtype=torch.float64) / Z.shape[1])
         return estimate, report
 
-    return Plan(name, reason, run)
+    def need() -> Need:
+        if isinstance(method, methods.XTrace):
+            return sketch_need(A, method.probes)
+        return A._product_need(FIRST_PROBES).beside(vectors(A, 3 * FIRST_PROBES))
+
+    return Plan(name, reason, run, need=need)
