@@ -29,9 +29,6 @@ WORKING_BYTES = 2**28
 CPU_COLUMN_BYTES = 2**23
 """On a CPU, columns whose transients exceed this are pulled back one by one."""
 
-CPU_GRAPH_BYTES = 2**23
-"""On a CPU, larger graphs are made of fewer examples: what one operation leaves, the next finds in the caches."""
-
 _DECOMPOSITION = 20
 """How much longer than those of a product the operations of a QR decomposition take."""
 
@@ -113,7 +110,7 @@ class LayerPass:
         self.layers.learn(batch.x, size)
         likelihood = self.objective.likelihood
         room = max(1, self._budget() // max(1, self.layers.bytes_per_example))
-        most, start = _evenly(size, min(room, self._cached())), 0
+        most, start = min(size, room), 0
         while start < size:
             part = _part(batch, start, min(size, start + most))
             capture = self.layers.capture(part.x, len(part.y))
@@ -152,13 +149,6 @@ class LayerPass:
             return [("everywhere", columns)]
         return [("head", replace(columns, signs=None)), ("body", columns.through(head.root))]
 
-    def _cached(self) -> int:
-        """Examples whose graph suits the caches of a CPU; more where sums of the parameters' size outweigh it."""
-        if self.objective.selection.device.type != "cpu" or self._together:
-            return 2**62
-        parameters = self.objective.selection.full_size * self.objective.selection.dtype.itemsize
-        return max(1, max(CPU_GRAPH_BYTES, 8 * parameters) // max(1, self.layers.bytes_per_example))
-
     def _examples(self, room: int, columns: int) -> int:
         """Examples in a step, so that all of their columns fit."""
         fitting = max(1, room // columns)
@@ -184,11 +174,6 @@ class LayerPass:
                 NumericalWarning,
                 stacklevel=2,
             )
-
-
-def _evenly(size: int, most: int) -> int:
-    """The size of as few parts of `size` as `most` allows, all nearly alike."""
-    return -(-size // -(-size // max(1, most)))
 
 
 def _active(likelihood: Likelihood | None, f: Tensor, y: Tensor) -> Tensor:
