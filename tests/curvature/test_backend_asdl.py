@@ -52,6 +52,8 @@ LAYERS = {
     "embedding-padding": "row per token", "embeddingbag-sum": "EmbeddingBag", "embeddingbag-mean": "EmbeddingBag",
     "embeddingbag-padding": "EmbeddingBag", "multihead-attention": "MultiheadAttention",
     "transformer-encoder": "MultiheadAttention", "rnn": "RNN", "lstm": "LSTM", "gru": "GRU",
+    "rnn-cell": "RNNCell", "lstm-cell": "LSTMCell", "gru-cell": "GRUCell", "convtranspose1d": "ConvTranspose1d",
+    "cross-attention": "MultiheadAttention",
     "module-twice": "runs 2 times", "tied": "row per token", "raw-parameters": "Raw", "keywords": "row per token",
     "adapter": "Adapter", "language-model": "row per token",
 }  # fmt: skip
@@ -63,7 +65,10 @@ FACTORS = {
 }  # fmt: skip
 """The same of `kron`."""
 
-NO_DIAGONAL = {"multihead-attention", "transformer-encoder", "rnn", "lstm", "gru", "raw-parameters", "adapter"}
+NO_DIAGONAL = {
+    "multihead-attention", "cross-attention", "transformer-encoder", "rnn", "lstm", "gru", "rnn-cell", "lstm-cell",
+    "gru-cell", "raw-parameters", "adapter",
+}  # fmt: skip
 """Where the Hessian's diagonal is refused: parameters that are no `weight` or `bias` of a module."""
 
 
