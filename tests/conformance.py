@@ -69,8 +69,13 @@ def cell(cls: str, method: str, network: str, setting: str = "plain") -> Cell:
     if setting == "stochastic" and not cls.endswith("GGN") and cls != "GGNInterface":
         return Cell("unasked")
     p = problem("dictionary" if setting == "dict" else network)
-    model, params, options = _subject(p, method, setting)
+    try:
+        model, params, options = _subject(p, method, setting)
+    except UnsupportedError:
+        return Cell("unasked")  # it has no linear last layer
     x, y = p.data()
+    if not reference.parameters(model, params):
+        return Cell("unasked")  # its last layer is frozen
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NumericalWarning)
