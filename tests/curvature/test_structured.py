@@ -390,7 +390,7 @@ class TestLazy:
     def test_chunks_change_nothing(self, kind):
         for name in ("conv2d", "sdpa", "tied", "raw-parameters", "tokens-ignored-weighted"):
             whole = made(kind, problem(name)).to_dense()
-            check(made(kind, problem(name), memory_budget=20_000).to_dense(), whole, 1e-12)
+            check(made(kind, problem(name), memory_budget=50_000).to_dense(), whole, 1e-12)
 
     @pytest.mark.parametrize("kind", [KFAC, EKFAC, BlockGGN, BlockHessian, DiagonalGGN, DiagonalHessian])
     def test_the_users_things_stay(self, kind):
