@@ -34,7 +34,7 @@ def verb(function: _F) -> _F:
 
     @functools.wraps(function)
     def guarded(self: LinearOperator, *args: Any, **kwargs: Any) -> Any:
-        watched = list(self._watched())
+        watched = list(dict.fromkeys(self._watched()))  # the blocks of one curvature share a network
         for operator in watched:
             operator._check_content()
         answer = function(self, *args, **kwargs)
