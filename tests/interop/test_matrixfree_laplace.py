@@ -23,6 +23,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _known() -> None:
+    """The import makes "matrix_free" known to `laplace.Laplace`."""
+    import curvops.interop.laplace  # noqa: F401
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
