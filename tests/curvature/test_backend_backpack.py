@@ -379,7 +379,7 @@ def test_columns_in_small_chunks() -> None:
     p = problems.problem("cnn")
     x, y = p.data()
     small = BackPackGGN(p.model(), "classification")
-    small.memory_budget = 60_000
+    small.memory_budget = 80_000  # the dense matrix and its copy take 71 kB of it
     for method in ("diag", "full", "kron"):
         found = getattr(small, method)(x, y, N=4)[1].to_dense()
         wanted = getattr(BackPackGGN(p.model(), "classification"), method)(x, y, N=4)[1].to_dense()

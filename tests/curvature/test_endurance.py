@@ -26,7 +26,7 @@ def tensors() -> int:
 
 
 @KINDS
-@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("columns", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_products_leave_no_tensor_behind(kind, columns):
     A, v = operator(kind), torch.ones(53, columns)
     first = A @ v

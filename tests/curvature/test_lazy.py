@@ -215,7 +215,7 @@ def test_graphs_go_with_the_operator(kind):
     assert model.forwards >= 10
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": False}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"cache": False}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["GGN", "Hessian", "Gram"])
 def test_many_products_leave_nothing_behind(kind, options):
     model, data = Counted(), batches(2)

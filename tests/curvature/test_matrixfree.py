@@ -168,7 +168,11 @@ def test_sequences_of_different_lengths():
 # ---------------------------------------------------------------- Monte Carlo
 
 
-@pytest.mark.parametrize("name", ["mlp-regression", "mlp-weighted", "mlp-binary", "tokens-ignored-weighted"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp-weighted", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp-regression", "mlp-binary")),
+     "tokens-ignored-weighted"],
+)  # fmt: skip
 def test_mc_fisher_averages_to_the_ggn(name):
     p, seeds = problem(name), 120
     model, ggn = p.model(), oracle("GGN", name)
