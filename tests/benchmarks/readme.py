@@ -1,0 +1,80 @@
+"""The README's table of costs, from what `python -m tests.benchmarks` has measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- benchmarks: python -m tests.benchmarks --readme -->", "<!-- end of benchmarks -->"
+
+COLUMNS = {
+    "mlp": "MLP, P = 235k, batch 512",
+    "cnn70k": "CNN, P = 70k, batch 64",
+    "gpt": "GPT, P = 0.83M, 8 x 64 tokens",
+}
+ROWS = {
+    "GGN": "GGN product",
+    "MC Fisher": "MC Fisher product",
+    "EF": "empirical Fisher product",
+    "Hessian": "Hessian product",
+    "GGN, 16 columns": "GGN, 16 columns at once, per column",
+    "GGN, no cache": "GGN product, `cache=False`",
+    "GGN, build and first product": "GGN, built and multiplied once",
+}
+
+
+def text(measured: dict[str, Any]) -> str:
+    """Sentence and tables."""
+    products, machine = measured["products"]["results"], measured["products"]["machine"]
+    rounds, torch = measured["products"]["rounds"], machine["torch"].split("+")[0]
+    how = (
+        f"In gradients of the summed loss on the same batch (medians of CPU time over {rounds} rounds, in one process "
+        f"and in turns; float32, {_threads(machine)} of an {machine['processor']}, torch {torch}); in brackets the "
+        "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept."
+    )
+    lines = [
+        how,
+        "",
+        "| | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for key, title in ROWS.items():
+        entries = [_entry(products[name]["rows"], key) for name in COLUMNS]
+        lines.append(f"| {title} | " + " | ".join(entries) + " |")
+    seconds = (f"{1e3 * products[name]['rows']['gradient']['cpu_seconds']:.1f} ms" for name in COLUMNS)
+    lines.append("| one gradient | " + " | ".join(seconds) + " |")
+    if "dense" in measured:
+        lines += ["", _dense(measured["dense"]["results"])]
+    return "\n".join(lines)
+
+
+def write(measured: dict[str, Any]) -> None:
+    """Put the text between the README's markers."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{README} has no '{BEGIN}' … '{END}'.")
+    README.write_text(f"{before}{BEGIN}\n\n{text(measured)}\n\n{END}{after}")
+
+
+def _entry(rows: dict[str, Any], key: str) -> str:
+    peer = rows.get(f"curvlinops: {key}")
+    return f"{rows[key]['cpu']:.2f}" + ("" if peer is None else f" ({peer['cpu']:.2f})")
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+
+
+def _dense(result: dict[str, Any]) -> str:
+    others = ", ".join(
+        f"{row['cpu_seconds']:.1f} s and {row['megabytes']:.0f} MB by {name}"
+        for name, row in result.items()
+        if name != "curvops"
+    )
+    ours = result["curvops"]
+    return (
+        f"The dense GGN of P = 4,990 parameters over 256 data, 10 classes: {ours['cpu_seconds']:.2f} s and "
+        f"{ours['megabytes']:.0f} MB at the peak, the matrix of 100 MB included; {others}."
+    )
