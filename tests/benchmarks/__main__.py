@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks`: measure everything, write benchmarks.json, print the tables in Markdown.
 
-Parts that are not asked for stay in the file as they were measured; with `--readme` the README's table is written from
-the file.
+Parts and cases that are not asked for stay in the file as they were measured, if on the same machine in as many rounds;
+with `--readme` the README's table is written from the file.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def main() -> None:
         results = measure(part, options.cases or every, options.rounds)
         if not results:  # none of its cases was asked for
             continue
-        measured[part] = {"machine": machine, "rounds": options.rounds, "results": results}
+        how = {"machine": machine, "rounds": options.rounds}
+        before = measured.get(part, {})
+        kept = before.get("results", {}) if how == {key: before.get(key) for key in how} else {}
+        measured[part] = {**how, "results": {**kept, **results}}
         options.output.write_text(json.dumps(measured, indent=1) + "\n")
         sys.stdout.write(f"{TABLES[part](results)}\n\n")
         for name, result in results.items():

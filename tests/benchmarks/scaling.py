@@ -125,6 +125,7 @@ def measure(libraries: list[str], sizes: list[int], seconds: int) -> dict[str, A
                 why = refusal(library, verb, size)
                 cell = {"reason": why} if why else _cell(library, size, verb, seconds)
                 found.setdefault(library, {}).setdefault(str(size), {})[verb] = cell
+                sys.stderr.write(f"{library}, P ≈ {size:,}, {verb}: {cell}\n")
     return found
 
 
