@@ -2,8 +2,8 @@
 
 `python -m tests.benchmarks.prior_precision` prints seconds of CPU time of both from the trained network to the last
 number, and how far the two curves are apart beside the half-widths that ours claims. The other road is laplace-torch's
-`FullLaplace`, fitted once and asked at every δ; `--asked 5` asks at 5 of the 41 and multiplies the time of asking. Needs
-laplace-torch.
+`FullLaplace`, fitted once and asked at every δ; `--asked 5` asks at 5 of the 41 and multiplies the time of asking.
+Needs laplace-torch.
 """
 
 from __future__ import annotations
