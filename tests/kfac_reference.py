@@ -52,7 +52,7 @@ def uses(model: nn.Module, x: Any) -> tuple[Tensor, Uses]:
 
 @contextmanager
 def _written_down(found: Uses) -> Iterator[None]:
-    linear, embedding = F.linear, F.embedding
+    linear, embedding, addmm = F.linear, F.embedding, torch.addmm
 
     def use(parameter: Tensor | None, kind: str, a: Tensor | None, output: Tensor, positions: Any) -> None:
         whole = parameter if parameter is None or parameter._base is None else parameter._base
@@ -87,6 +87,12 @@ def _written_down(found: Uses) -> Iterator[None]:
         out = _MATMUL(x, weight)
         if isinstance(weight, nn.Parameter):
             use(weight, "flipped", x.reshape(-1, 1, x.shape[-1]), out, lambda g: g.reshape(-1, 1, g.shape[-1]))
+        return out
+
+    def noted_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        out = addmm(bias, x, weight)
+        use(weight, "flipped", x.unsqueeze(1), out, lambda g: g.unsqueeze(1))
+        use(bias, "shift", None, out, lambda g: g.unsqueeze(1))
         return out
 
     def noted_convolution(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -129,6 +135,7 @@ def _written_down(found: Uses) -> Iterator[None]:
     with (
         mock.patch.multiple(F, **patched),
         mock.patch.object(Tensor, "__matmul__", noted_matmul),
+        mock.patch.object(torch, "addmm", noted_addmm),
         mock.patch("torch.nn.modules.rnn._VF", _RECURRENT),
     ):
         yield

@@ -30,13 +30,17 @@ LAYERS_REFUSED = {
     "instancenorm": "InstanceNorm", "rmsnorm": "RMSNorm", "embedding": "float64", "embedding-padding": "padding_idx",
     "embeddingbag-sum": "EmbeddingBag", "embeddingbag-mean": "EmbeddingBag", "embeddingbag-padding": "EmbeddingBag",
     "multihead-attention": "MultiheadAttention", "transformer-encoder": "MultiheadAttention", "rnn": "RNN",
-    "lstm": "LSTM", "gru": "GRU", "module-twice": "runs 2 times", "tied": "tied", "raw-parameters": "Raw",
+    "lstm": "LSTM", "gru": "GRU", "rnn-cell": "RNNCell", "lstm-cell": "LSTMCell", "gru-cell": "GRUCell",
+    "cross-attention": "MultiheadAttention",
+    "module-twice": "runs 2 times", "tied": "tied", "raw-parameters": "Raw",
     "keywords": "float64", "adapter": "Adapter", "language-model": "LanguageModel",
 }  # fmt: skip
 """Problems whose layers BackPACK does not know or gets wrong, and the word by which it is refused."""
 
 PATH_REFUSED = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv2d-groups", "conv3d", "convtranspose2d", "maxpool"), "Apply"),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv2d-groups", "conv3d", "convtranspose1d", "convtranspose2d", "maxpool"), "Apply"
+    ),
     "adaptive-avgpool": "Apply", "batchnorm2d": "Apply", "sdpa": "loses the derivative", "gelu": "GELU",
     "silu": "SiLU", "softplus": "Softplus", "residual": r"'0.body.1' \(Tanh\)", "dictionary": "loses the derivative",
 }  # fmt: skip
@@ -45,7 +49,8 @@ PATH_REFUSED = {
 KRON_REFUSED = {
     "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored", "batchnorm1d": "BatchNorm1d",
     "batchnorm2d": "BatchNorm2d", "conv1d": "groups=2", "conv2d-groups": "groups=2",
-    "convtranspose2d": "ConvTranspose2d", "embedding": "Embedding", "embedding-padding": "Embedding",
+    "convtranspose1d": "ConvTranspose1d", "convtranspose2d": "ConvTranspose2d", "embedding": "Embedding",
+    "embedding-padding": "Embedding",
     "keywords": "Embedding", "subnetwork": "subnetwork_indices",
 }  # fmt: skip
 

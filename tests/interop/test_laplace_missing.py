@@ -39,7 +39,9 @@ def test_the_rest_of_curvops_does_not_ask_for_it() -> None:
 
 @pytest.mark.peers
 @pytest.mark.parametrize("version", ["0.3", "0.3.1", "0.10", "1.0rc1"])
-def test_newer_ones_are_welcome(afresh: pytest.MonkeyPatch, version: str) -> None:
+def test_newer_ones_are_welcome(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Fails, rather than skips, where the environment for comparisons lacks laplace-torch."""
-    afresh.setattr("curvops.extras.version_of", lambda distribution: version)
-    importlib.import_module("curvops.interop.laplace")
+    from curvops.interop.laplace import library
+
+    monkeypatch.setattr("curvops.extras.version_of", lambda distribution: version)
+    library.require_version("laplace-torch", "0.3", "laplace")
