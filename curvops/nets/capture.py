@@ -24,10 +24,10 @@ from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.graph import graph_bytes
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
+from curvops.nets.kept import Kept
 from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.mixing import require_independent
 from curvops.nets.parameters import ParameterSelection
-from curvops.nets.products import _Kept
 from curvops.nets.rules import Tap, tap
 
 _AtEdges = dict[tuple[Any, int], Tensor | None]
@@ -141,7 +141,7 @@ class Layers:
         require_independent(self.network, x, size, alone, outputs[:1])
 
 
-class Capture(_Kept):
+class Capture(Kept):
     """The graph of one batch, and where to read the factors of its layers.
 
     Attributes:

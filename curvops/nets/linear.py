@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from curvops.errors import UnsupportedError
+from curvops.nets.adjoint import is_plain
 from curvops.nets.matmul import matmul, onednn_is_faster
 
 
@@ -32,31 +33,28 @@ class FastLinear(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    present = [t for t in (input, weight, bias) if t is not None]
-    if not is_plain(present) or weight.dim() != 2 or weight.dtype != torch.float32:
+    if not is_plain([input, weight, bias]) or weight.dim() != 2 or weight.dtype != torch.float32:
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
 
 
-def is_plain(tensors: list[Tensor]) -> bool:
-    """Whether a layer on these tensors may run as a function of ours: dense, of one dtype, on a graph, and unhooked.
+def linear_adjoint(
+    u: Tensor,
+    x: Tensor | None,
+    W: Tensor | None,
+    bias: bool,
+    to_weight: Tensor | None = None,
+    to_bias: Tensor | None = None,
+) -> Any:
+    """`(u W, uᵀ x, Σ u)`, summed over all axes but the last; None where x or W is.
 
-    Checkpointing and offloading intercept what is saved, and run the forward again where no mode reaches: inside the
-    engine. Both times PyTorch's own layer must run, so that both save the same.
+    The last two are written to the tensors that are given for them.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided for t in tensors)
-    return plain and any(t.requires_grad for t in tensors) and len({t.dtype for t in tensors}) == 1
-
-
-def linear_adjoint(u: Tensor, x: Tensor | None, W: Tensor | None, bias: bool) -> Any:
-    """`(u W, uᵀ x, Σ u)`, summed over all axes but the last; None where x or W is."""
     rows = u.reshape(-1, u.shape[-1])
     return (
         None if W is None else matmul(u, W),
-        None if x is None else matmul(rows.t(), x.reshape(-1, x.shape[-1])),
-        rows.sum(0) if bias else None,
+        None if x is None else matmul(rows.t(), x.reshape(-1, x.shape[-1]), out=to_weight),
+        torch.sum(rows, 0, out=to_bias) if bias else None,
     )
 
 

@@ -7,30 +7,20 @@ product costs one backward pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
-from curvops.errors import CurvopsError, ShapeError, UnsupportedError
-from curvops.nets.forward import Inputs, Network, explained_product, tensors_of
+from curvops.nets.forward import Inputs, Network, tensors_of
 from curvops.nets.graph import Footprint, footprint, graph_bytes
+from curvops.nets.kept import Engine, Kept
 from curvops.nets.kernels import LeanLayers
 from curvops.nets.linear import FastLinear
 from curvops.nets.parameters import ParameterSelection
-from curvops.nets.patches import recording, tracked_only, unhooked
-
-Engine = Literal["double_backward"]
-
-_T = TypeVar("_T")
-
-_SMALL = 2**20
-"""Bytes of a graph below which a pass is mostly calls, and K columns share them. Above, on a processor, the columns of
-a vectorised pass drive each other out of the caches, and one after the other is faster. Accelerators vectorise."""
+from curvops.nets.patches import recording
 
 
 class Loss(Protocol):
@@ -39,109 +29,7 @@ class Loss(Protocol):
     def loss(self, f: Tensor, y: Tensor) -> Tensor: ...
 
 
-class _Kept:
-    """A kept graph: selection, column batching, memory, release."""
-
-    def __init__(self, network: Network, selection: ParameterSelection, engine: Engine) -> None:
-        if engine != "double_backward":
-            raise UnsupportedError(f"engine={engine!r} is unknown; there is 'double_backward'")
-        self.selection = selection
-        self.engine: Engine = engine
-        self.batched: bool | None = None
-        """Whether K columns run in one vectorised pass; None before the first product with K > 1 has decided."""
-        self._network = network
-        self._released = False
-        self._recomputes = False
-
-    def _check(self, v: Tensor, shape: tuple[int, ...], what: str) -> None:
-        if self._released:
-            raise CurvopsError(f"this {type(self).__name__} was released; build it again")
-        if v.shape[:-1] != shape or v.ndim != len(shape) + 1:
-            raise ShapeError(f"{what}: expected {(*shape, 'K')}, got {tuple(v.shape)}")
-        like = self.selection.tensors[0]
-        if v.dtype != like.dtype or v.device != like.device:
-            raise ShapeError(f"{what}: expected {like.dtype} on {like.device}, got {v.dtype} on {v.device}")
-
-    def _grad(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """`autograd.grad` for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None for zero."""
-
-        def run() -> list[Tensor | None]:
-            if cotangents[0].shape[0] == 1:
-                return _looped(outputs, inputs, cotangents)
-            if self.batched is None:
-                if self._in_turn():
-                    self.batched = False
-                else:
-                    return self._probe(outputs, inputs, cotangents)
-            return (_vectorised if self.batched else _looped)(outputs, inputs, cotangents)
-
-        return self._guarded(run)
-
-    def _parameter_rows(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
-        """As `_grad` in the selected parameters, flattened: `(K, P)`."""
-        columns = cotangents[0].shape[0]
-        if columns > 1 and self.batched is False:
-            # Row by row into place: nothing of the size of the result is held beside it.
-            rows = cotangents[0].new_empty(columns, self.selection.size)
-            for k in range(columns):
-                rows[k] = self._parameter_rows(outputs, [c[k : k + 1] for c in cotangents])[0]
-            return rows
-        return self.selection.join_rows(self._grad(outputs, self.selection.tensors, cotangents), columns)
-
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes that the kept graphs hold."""
-        raise NotImplementedError
-
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of one vector of parameters."""
-        return self.selection.size * self.selection.tensors[0].element_size()
-
-    def _in_turn(self) -> bool:
-        """Whether columns run one after the other, as far as is known before one pass has tried to run them at once."""
-        if self.batched is None:
-            return self.selection.tensors[0].device.type == "cpu" and self.graph_bytes > _SMALL
-        return not self.batched
-
-    def _guarded(self, run: Callable[[], _T]) -> _T:
-        """A pass over the graph with autograd on and the user's hooks silent; RuntimeErrors explained."""
-        try:
-            with recording(), unhooked(self.selection.tensors):
-                if not self._recomputes:
-                    try:
-                        return run()
-                    except CheckpointError:
-                        # Checkpointed parts run their forward again, which must then see what the first one saw.
-                        self._recomputes = True
-                with (
-                    self._network.differentiable(),
-                    tracked_only(self._network.module, self.selection.tensors),
-                ):
-                    return run()
-        except RuntimeError as error:
-            raise explained_product(error) from error
-
-    def _probe(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """Try the vectorised pass once; fall back to the loop, for good, where an operation has no batching rule."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                result = _vectorised(outputs, inputs, cotangents)
-            except CheckpointError:
-                raise
-            except RuntimeError:
-                result = None
-        # PyTorch warns where it loops inside one operation: then the plain loop costs the same and cannot err.
-        self.batched = result is not None and not any("performance drop" in str(w.message) for w in caught)
-        return result if self.batched and result is not None else _looped(outputs, inputs, cotangents)
-
-
-class Linearisation(_Kept):
+class Linearisation(Kept):
     """J, the Jacobian of the outputs of one batch in the selected parameters, as two products.
 
     Args:
@@ -162,7 +50,7 @@ class Linearisation(_Kept):
         self, network: Network, selection: ParameterSelection, x: Inputs, *, engine: Engine = "double_backward"
     ) -> None:
         super().__init__(network, selection, engine)
-        with LeanLayers():
+        with LeanLayers(self._rows):
             self._f: Tensor = network(x, selection.tensors)
         self.outputs: Tensor = self._f.detach()
         self._inputs = tensors_of(x)
@@ -199,6 +87,20 @@ class Linearisation(_Kept):
         if self._constant or columns == 0:
             return self.outputs.new_zeros(self.selection.size, columns)
         return self._parameter_rows([self._f], [u.movedim(-1, 0)]).T
+
+    def sandwich(self, V: Float[Tensor, "P K"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "P K"]:
+        """`Jᵀ Λ J V` with `product` for Λ, `(*f.shape, K)` → the same.
+
+        Where columns take turns, each goes the whole way before the next one starts.
+        """
+        if V.shape[1] <= 1 or self._constant or not self._takes_turns():
+            return self.vjp(product(self.jvp(V)))
+        self._check(V, (self.selection.size,), "jvp")
+        rows = V.T.clone(memory_format=torch.contiguous_format)
+        for row in rows:
+            u = product(self.jvp(row.unsqueeze(1)))
+            self._fill(row, [self._f], [u.movedim(-1, 0)])
+        return rows.T
 
     @property
     def graph_bytes(self) -> int:
@@ -247,7 +149,7 @@ class Linearisation(_Kept):
         return self._tangent
 
 
-class HessianProduct(_Kept):
+class HessianProduct(Kept):
     """The exact Hessian of one batch's summed negative log-likelihood, by a second backward on a kept gradient graph.
 
     Args:
@@ -302,8 +204,14 @@ class HessianProduct(_Kept):
         self._check(v, (self.selection.size,), "matmat")
         if not self._grads or v.shape[1] == 0:
             return torch.zeros_like(v)
-        rows = self.selection.split_rows(v.T.contiguous())
-        return self._parameter_rows(self._grads, [rows[i] for i in self._which]).T
+        if v.shape[1] > 1 and not self._takes_turns():
+            rows = self.selection.split_rows(v.T.contiguous())
+            return self._parameter_rows(self._grads, [rows[i] for i in self._which]).T
+        result = v.T.clone(memory_format=torch.contiguous_format)
+        for k in range(len(result)):
+            pieces = self.selection.split_rows(result[k : k + 1].clone())
+            self._fill(result[k], self._grads, [pieces[i] for i in self._which])
+        return result.T
 
     @property
     def graph_bytes(self) -> int:
@@ -325,27 +233,3 @@ class HessianProduct(_Kept):
         """Drop the graph; outputs, loss and gradient stay."""
         self._released = True
         self._grads = []
-
-
-def _vectorised(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
-    return list(torch.autograd.grad(outputs, inputs, cotangents, **options))
-
-
-def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-    rows = [
-        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
-        for k in range(cotangents[0].shape[0])
-    ]
-    if len(rows) == 1:
-        return [None if g is None else g.unsqueeze(0) for g in rows[0]]
-    stacked: list[Tensor | None] = []
-    for column in zip(*rows, strict=True):
-        like = next((g for g in column if g is not None), None)
-        if like is None:
-            stacked.append(None)
-        else:
-            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
-    return stacked

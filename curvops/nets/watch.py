@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,17 +143,95 @@ class Content:
     Small tensors are copied. Of large ones, the bit patterns, read as integers, are summed exactly (modulo 2^bits) over
     all entries with the same position modulo 1024 and modulo 1021: any single change shows, and so does a permutation.
 
-    Cost: one read of every tensor, to build and to compare.
+    Cost: one read of every tensor, to build and to compare, in a few calls for all small ones together.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._kept = [_digest(t, keep=True) for t in tensors]
+        self._views = [_Bits(t) for t in tensors]
+        self._kept = self._digests(copy=True)
 
     def changed(self) -> list[int]:
         """Positions of the tensors that no longer hold what they held."""
-        now = [_digest(t, keep=False) for t in self._tensors]
-        return [i for i, (a, b) in enumerate(zip(self._kept, now, strict=True)) if not _same(a, b)]
+        for i, (t, bits) in enumerate(zip(self._tensors, self._views, strict=True)):
+            if bits.key != _key(t):
+                self._views[i] = _Bits(t)
+        now = self._digests(copy=False)
+        if all(_same(a, b) for a, b in zip(self._kept, now, strict=True)):
+            return []
+        # Which one? Each has its stretch of what is compared in one go, and sums of its own.
+        differs = []
+        for i in range(len(self._tensors)):
+            pieces = [(kept, new) for kept, new in zip(self._kept, now, strict=True) if i in kept.ends]
+            if any(not _same_bits(kept.piece(i), new.piece(i)) for kept, new in pieces):
+                differs.append(i)
+        return differs
+
+    def _digests(self, *, copy: bool) -> list[_Digest]:
+        """All that is kept in full, joined by kind; then the sums of the large ones."""
+        with torch.no_grad():
+            joined: dict[Any, list[tuple[int, Tensor]]] = {}
+            digests = []
+            for i, bits in enumerate(self._views):
+                for whole in bits.whole:
+                    joined.setdefault((whole.dtype, whole.device), []).append((i, whole))
+                digests += [_Digest(r.sum(0, dtype=bits.width), {i: None}) for r in bits.rows]
+            for pieces in joined.values():
+                ends: dict[int, Any] = {}
+                start = 0
+                for i, piece in pieces:
+                    first = ends.get(i, (start, 0))[0]
+                    start += piece.numel()
+                    ends[i] = (first, start)
+                tensors = [piece for _, piece in pieces]
+                joint = torch.cat(tensors) if len(tensors) > 1 or copy else tensors[0]
+                digests.append(_Digest(joint.clone() if copy and len(tensors) == 1 else joint, ends))
+            return digests
+
+
+class _Digest(NamedTuple):
+    """Integers, and which stretch of them is whose (None: all of them)."""
+
+    values: Tensor
+    ends: dict[int, Any]
+
+    def piece(self, i: int) -> Tensor:
+        ends = self.ends[i]
+        return self.values if ends is None else self.values[ends[0] : ends[1]]
+
+
+class _Bits:
+    """A tensor's bits as integers, in views that stay valid for as long as it lies where it does.
+
+    Attributes:
+        key: Where and how it lies.
+        whole: What is compared entry by entry, 1-dim: all of a small tensor, what exceeds the strides of a large one.
+        rows: What is summed down its columns.
+        width: The sums' integers. Wrap-around is exact and free of order, hence the same for any number of threads.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.key = _key(tensor)
+        t = tensor.detach()
+        if t.layout != torch.strided:
+            t = t.to_dense()
+        if t.is_complex():
+            t = torch.view_as_real(t)
+        bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
+        self.width = bits.dtype if bits.element_size() >= 4 else torch.int64
+        if bits.numel() <= _SMALL:
+            self.whole, self.rows = [bits], []
+            return
+        ends = [bits.numel() // stride * stride for stride in _STRIDES]
+        self.whole = [bits[end:] for end in ends if end < bits.numel()]
+        self.rows = [bits[:end].view(-1, stride) for end, stride in zip(ends, _STRIDES, strict=True)]
+
+
+def _key(t: Tensor) -> Any:
+    """Changes with whatever views depend on; never equal where a view would be a copy."""
+    if t.layout != torch.strided or not t.is_contiguous():
+        return object()
+    return (t.data_ptr(), t.shape, t.dtype)
 
 
 def snapshot(model: nn.Module) -> nn.Module:
@@ -181,33 +259,9 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _digest(tensor: Tensor, *, keep: bool) -> list[Tensor]:
-    with torch.no_grad():
-        t = tensor.detach()
-        if t.numel() <= _SMALL or t.layout != torch.strided:
-            return [t.clone() if keep else t]
-        if t.is_complex():
-            t = torch.view_as_real(t)
-        bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
-        # Native width: wrap-around is exact and order-free, hence the same for any number of threads.
-        width = bits.dtype if bits.element_size() >= 4 else torch.int64
-        sums = []
-        for stride in _STRIDES:
-            whole = bits.numel() // stride * stride
-            total = bits[:whole].view(-1, stride).sum(0, dtype=width)
-            total[: bits.numel() - whole] += bits[whole:].to(width)
-            sums.append(total)
-        return sums
+def _same(a: _Digest, b: _Digest) -> bool:
+    return a.ends == b.ends and _same_bits(a.values, b.values)
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and _bits_equal(x, y)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _bits_equal(x: Tensor, y: Tensor) -> bool:
-    if x.is_floating_point():  # A NaN in a buffer equals itself here.
-        x, y = (t.contiguous().view(_INTEGERS[t.element_size()]) for t in (x, y))
-    return torch.equal(x, y)
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -24,6 +26,28 @@ def norm(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def spread(layer: nn.Module) -> nn.Module:
+    """With an affine map that is not the trivial one."""
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    return layer
+
+
+class Attention(nn.Module):
+    """Of a sequence to itself."""
+
+    def __init__(self, width: int, heads: int, **options: Any) -> None:
+        super().__init__()
+        self.project, self.heads, self.options = nn.Linear(width, 3 * width), heads, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, **self.options).transpose(1, 2).flatten(2)
+
+
+MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, False]])
+"""Of three positions; the last sees none."""
+
 LAYERS = {
     "linear": (lambda: nn.Linear(3, 4), (5, 3)),
     "linear without bias": (lambda: nn.Linear(3, 4, bias=False), (5, 3)),
@@ -40,6 +64,22 @@ LAYERS = {
         lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Conv2d(3, 2, 1)),
         (5, 3, 4, 4),
     ),
+    "layer norm": (lambda: spread(nn.LayerNorm(3)), (5, 3)),
+    "layer norm of two axes": (lambda: spread(nn.LayerNorm((4, 3))), (5, 4, 3)),
+    "layer norm without bias": (lambda: spread(nn.LayerNorm(3, bias=False)), (5, 2, 3)),
+    "layer norm without affine map": (
+        lambda: nn.Sequential(nn.LayerNorm(3, elementwise_affine=False), nn.Linear(3, 2)),
+        (5, 3),
+    ),
+    "gelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU()), (5, 3)),
+    "gelu by tanh": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh")), (5, 3)),
+    "silu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU()), (5, 3)),
+    "silu in place": (lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU(inplace=True)), (5, 3)),
+    "attention": (lambda: Attention(4, heads=2), (5, 3, 4)),
+    "attention, causal": (lambda: Attention(4, heads=2, is_causal=True), (5, 3, 4)),
+    "attention, scaled": (lambda: Attention(4, heads=1, scale=0.3), (5, 3, 4)),
+    "attention, masked": (lambda: Attention(4, heads=2, attn_mask=MASK), (5, 3, 4)),
+    "attention, masked by numbers": (lambda: Attention(4, heads=2, attn_mask=3.0 * MASK.double()), (5, 3, 4)),
 }
 EVERY = pytest.mark.parametrize("name", LAYERS)
 WHICH = pytest.mark.parametrize("which", [None, ["0.weight"], ["2"]], ids=str)

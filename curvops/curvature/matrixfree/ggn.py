@@ -72,7 +72,7 @@ class GaussNewton(DataOperator):
             return LinearPiece(linearisation, self._form(batch, linearisation.outputs))
 
     def _product(self, V: Tensor) -> Tensor:
-        return self._sum(V, lambda piece, W: piece.linearisation.vjp(piece.form.product(piece.linearisation.jvp(W))))
+        return self._sum(V, lambda piece, W: piece.linearisation.sandwich(W, piece.form.product))
 
     def _dense(self) -> Tensor:
         from curvops.curvature.matrixfree.layerdense import dense_from_layers

@@ -1,0 +1,164 @@
+"""A graph that is kept, and passes over it with one or many columns: what every product on it shares."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from curvops.errors import CurvopsError, ShapeError, UnsupportedError
+from curvops.nets.forward import Network, explained_product
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.patches import recording, tracked_only, unhooked
+from curvops.nets.rows import Rows, settle
+
+Engine = Literal["double_backward"]
+
+_T = TypeVar("_T")
+
+_SMALL = 2**20
+"""Bytes of a graph below which a pass is mostly calls, and K columns share them. Above, on a processor, the columns of
+a vectorised pass drive each other out of the caches, and one after the other is faster. Accelerators vectorise."""
+
+
+class Kept:
+    """A kept graph: selection, column batching, memory, release."""
+
+    def __init__(self, network: Network, selection: ParameterSelection, engine: Engine) -> None:
+        if engine != "double_backward":
+            raise UnsupportedError(f"engine={engine!r} is unknown; there is 'double_backward'")
+        self.selection = selection
+        self.engine: Engine = engine
+        self.batched: bool | None = None
+        """Whether K columns run in one vectorised pass; None before the first product with K > 1 has decided."""
+        self._network = network
+        self._rows = Rows(selection)
+        self._released = False
+        self._recomputes = False
+
+    def _check(self, v: Tensor, shape: tuple[int, ...], what: str) -> None:
+        if self._released:
+            raise CurvopsError(f"this {type(self).__name__} was released; build it again")
+        if v.shape[:-1] != shape or v.ndim != len(shape) + 1:
+            raise ShapeError(f"{what}: expected {(*shape, 'K')}, got {tuple(v.shape)}")
+        like = self.selection.tensors[0]
+        if v.dtype != like.dtype or v.device != like.device:
+            raise ShapeError(f"{what}: expected {like.dtype} on {like.device}, got {v.dtype} on {v.device}")
+
+    def _grad(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """`autograd.grad` for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None for zero."""
+
+        def run() -> list[Tensor | None]:
+            if cotangents[0].shape[0] == 1:
+                return _looped(outputs, inputs, cotangents)
+            if self._takes_turns():
+                return _looped(outputs, inputs, cotangents)
+            return (self._probe if self.batched is None else _vectorised)(outputs, inputs, cotangents)
+
+        return self._guarded(run)
+
+    def _parameter_rows(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+        """As `_grad` in the selected parameters, flattened: `(K, P)`."""
+        columns = cotangents[0].shape[0]
+        if columns > 1 and not self._takes_turns():
+            return self.selection.join_rows(self._grad(outputs, self.selection.tensors, cotangents), columns)
+        rows = cotangents[0].new_empty(columns, self.selection.size)
+        for k in range(columns):
+            self._fill(rows[k], outputs, [c[k : k + 1] for c in cotangents])
+        return rows
+
+    def _fill(self, row: Tensor, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+        """One column's pass, `(1, *output.shape)` cotangents, into `row` `(P,)`: nothing of its size is held beside."""
+        selection = self.selection
+        if selection.indices is not None:
+            row.copy_(selection.join_rows(self._grad(outputs, selection.tensors, cotangents), 1)[0])
+            return
+        with self._rows.filling(row) as parts:
+            grads = self._grad(outputs, selection.tensors, cotangents)
+            settle(parts, [None if g is None else g[0] for g in grads])
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graphs hold."""
+        raise NotImplementedError
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector of parameters."""
+        return self.selection.size * self.selection.tensors[0].element_size()
+
+    def _in_turn(self) -> bool:
+        """Whether columns run one after the other, as far as is known before one pass has tried to run them at once."""
+        if self.batched is None:
+            return self.selection.tensors[0].device.type == "cpu" and self.graph_bytes > _SMALL
+        return not self.batched
+
+    def _takes_turns(self) -> bool:
+        """As `_in_turn`, and from now on, so that the graph is walked over once."""
+        if self.batched is None and self._in_turn():
+            self.batched = False
+        return self.batched is False
+
+    def _guarded(self, run: Callable[[], _T]) -> _T:
+        """A pass over the graph with autograd on and the user's hooks silent; RuntimeErrors explained."""
+        try:
+            with recording(), unhooked(self.selection.tensors):
+                if not self._recomputes:
+                    try:
+                        return run()
+                    except CheckpointError:
+                        # Checkpointed parts run their forward again, which must then see what the first one saw.
+                        self._recomputes = True
+                with (
+                    self._network.differentiable(),
+                    tracked_only(self._network.module, self.selection.tensors),
+                ):
+                    return run()
+        except RuntimeError as error:
+            raise explained_product(error) from error
+
+    def _probe(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Try the vectorised pass once; fall back to the loop, for good, where an operation has no batching rule."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result = _vectorised(outputs, inputs, cotangents)
+            except CheckpointError:
+                raise
+            except RuntimeError:
+                result = None
+        # PyTorch warns where it loops inside one operation: then the plain loop costs the same and cannot err.
+        self.batched = result is not None and not any("performance drop" in str(w.message) for w in caught)
+        return result if self.batched and result is not None else _looped(outputs, inputs, cotangents)
+
+
+def _vectorised(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+    return list(torch.autograd.grad(outputs, inputs, cotangents, **options))
+
+
+def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    rows = [
+        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
+        for k in range(cotangents[0].shape[0])
+    ]
+    if len(rows) == 1:
+        return [None if g is None else g.unsqueeze(0) for g in rows[0]]
+    stacked: list[Tensor | None] = []
+    for column in zip(*rows, strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is None:
+            stacked.append(None)
+        else:
+            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
+    return stacked
