@@ -28,8 +28,10 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     return plain and any(t.requires_grad for t in present) and len({t.dtype for t in present}) == 1
 
 
-def constants(ctx: Any) -> list[Any]:
+def constants(ctx: Any) -> Sequence[Any]:
     """What was saved, cut off the graph; reading it checks that nobody has written to it since."""
+    if not torch.is_grad_enabled():
+        return ctx.saved_tensors  # nothing is recorded, so there is nothing to cut
     return [None if t is None else t.detach() for t in ctx.saved_tensors]
 
 

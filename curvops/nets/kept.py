@@ -36,7 +36,7 @@ class Kept:
         self.batched: bool | None = None
         """Whether K columns run in one vectorised pass; None before the first product with K > 1 has decided."""
         self._network = network
-        self._rows = Rows(selection)
+        self._into = Rows(selection)
         self._released = False
         self._recomputes = False
 
@@ -49,39 +49,34 @@ class Kept:
         if v.dtype != like.dtype or v.device != like.device:
             raise ShapeError(f"{what}: expected {like.dtype} on {like.device}, got {v.dtype} on {v.device}")
 
+    def _column(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """`autograd.grad` on the kept graph; None for zero."""
+        return self._guarded(
+            lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+        )
+
     def _grad(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """`autograd.grad` for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None for zero."""
+        """The same for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None."""
 
         def run() -> list[Tensor | None]:
-            if cotangents[0].shape[0] == 1:
-                return _looped(outputs, inputs, cotangents)
-            if self._takes_turns():
+            if cotangents[0].shape[0] == 1 or self._takes_turns():
                 return _looped(outputs, inputs, cotangents)
             return (self._probe if self.batched is None else _vectorised)(outputs, inputs, cotangents)
 
         return self._guarded(run)
 
-    def _parameter_rows(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
-        """As `_grad` in the selected parameters, flattened: `(K, P)`."""
-        columns = cotangents[0].shape[0]
-        if columns > 1 and not self._takes_turns():
-            return self.selection.join_rows(self._grad(outputs, self.selection.tensors, cotangents), columns)
-        rows = cotangents[0].new_empty(columns, self.selection.size)
-        for k in range(columns):
-            self._fill(rows[k], outputs, [c[k : k + 1] for c in cotangents])
-        return rows
-
     def _fill(self, row: Tensor, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
-        """One column's pass, `(1, *output.shape)` cotangents, into `row` `(P,)`: nothing of its size is held beside."""
+        """One pass to the selected parameters, into `row` `(P,)`: nothing of its size is held beside."""
         selection = self.selection
         if selection.indices is not None:
-            row.copy_(selection.join_rows(self._grad(outputs, selection.tensors, cotangents), 1)[0])
+            row.copy_(selection.join_row(self._column(outputs, selection.tensors, cotangents)))
             return
-        with self._rows.filling(row) as parts:
-            grads = self._grad(outputs, selection.tensors, cotangents)
-            settle(parts, [None if g is None else g[0] for g in grads])
+        with self._into.filling(row) as parts:
+            settle(parts, self._column(outputs, selection.tensors, cotangents))
 
     @property
     def graph_bytes(self) -> int:

@@ -130,6 +130,13 @@ class ParameterSelection:
         pieces = rows.split(list(self.sizes), dim=1)
         return [t.reshape(rows.shape[0], *s) for t, s in zip(pieces, self.shapes, strict=True)]
 
+    def split_row(self, row: Tensor) -> list[Tensor]:
+        """`(P,)` → one tensor of its shape per parameter."""
+        if self.indices is not None:
+            return [t[0] for t in self.split_rows(row.unsqueeze(0))]
+        pieces = torch.split_with_sizes(row, self.sizes)
+        return [t.view(s) for t, s in zip(pieces, self.shapes, strict=True)]
+
     def join_rows(self, tensors: Sequence[Tensor | None], rows: int) -> Tensor:
         """Inverse of `split_rows`; None stands for zero (a parameter that the output does not depend on)."""
         like = self.tensors[0]
@@ -139,6 +146,10 @@ class ParameterSelection:
         ]
         full = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return full if self.indices is None else full[:, self.indices]
+
+    def join_row(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Inverse of `split_row`; None stands for zero."""
+        return self.join_rows([None if t is None else t.unsqueeze(0) for t in tensors], 1)[0]
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite parameters by name."""

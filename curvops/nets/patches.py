@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -130,7 +130,8 @@ def has_recurrence(model: nn.Module) -> bool:
 @contextmanager
 def recording() -> Iterator[None]:
     """Autograd on and autocast off, whatever the caller's `no_grad`, `inference_mode` or `autocast` says."""
-    with torch.inference_mode(False), torch.enable_grad():
+    # Entering a mode that is on already costs more than to ask.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.enable_grad():
         lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         if not lowered:
             yield

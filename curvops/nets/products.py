@@ -50,7 +50,7 @@ class Linearisation(Kept):
         self, network: Network, selection: ParameterSelection, x: Inputs, *, engine: Engine = "double_backward"
     ) -> None:
         super().__init__(network, selection, engine)
-        with LeanLayers(self._rows):
+        with LeanLayers(self._into):
             self._f: Tensor = network(x, selection.tensors)
         self.outputs: Tensor = self._f.detach()
         self._inputs = tensors_of(x)
@@ -72,6 +72,10 @@ class Linearisation(Kept):
         dummy, which, adjoint = self._tangent if self._tangent is not None else self._build_tangent()
         if not adjoint:
             return self.outputs.new_zeros(shape)
+        if v.shape[1] == 1:
+            pieces = self.selection.split_row(v[:, 0].contiguous())
+            (result,) = self._column(adjoint, [dummy], [pieces[i] for i in which])
+            return self.outputs.new_zeros(shape) if result is None else result.unsqueeze(-1)
         rows = self.selection.split_rows(v.T.contiguous())
         (result,) = self._grad(adjoint, [dummy], [rows[i] for i in which])
         return self.outputs.new_zeros(shape) if result is None else result.movedim(0, -1)
@@ -86,7 +90,13 @@ class Linearisation(Kept):
         columns = u.shape[-1]
         if self._constant or columns == 0:
             return self.outputs.new_zeros(self.selection.size, columns)
-        return self._parameter_rows([self._f], [u.movedim(-1, 0)]).T
+        if columns > 1 and not self._takes_turns():
+            grads = self._grad([self._f], self.selection.tensors, [u.movedim(-1, 0)])
+            return self.selection.join_rows(grads, columns).T
+        rows = u.new_empty(columns, self.selection.size)
+        for row, column in zip(rows, u.movedim(-1, 0).contiguous(), strict=True):
+            self._fill(row, [self._f], [column])
+        return rows.T
 
     def sandwich(self, V: Float[Tensor, "P K"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "P K"]:
         """`Jᵀ Λ J V` with `product` for Λ, `(*f.shape, K)` → the same.
@@ -98,8 +108,7 @@ class Linearisation(Kept):
         self._check(V, (self.selection.size,), "jvp")
         rows = V.T.clone(memory_format=torch.contiguous_format)
         for row in rows:
-            u = product(self.jvp(row.unsqueeze(1)))
-            self._fill(row, [self._f], [u.movedim(-1, 0)])
+            self._fill(row, [self._f], [product(self.jvp(row.unsqueeze(1))).squeeze(-1)])
         return rows.T
 
     @property
@@ -206,11 +215,12 @@ class HessianProduct(Kept):
             return torch.zeros_like(v)
         if v.shape[1] > 1 and not self._takes_turns():
             rows = self.selection.split_rows(v.T.contiguous())
-            return self._parameter_rows(self._grads, [rows[i] for i in self._which]).T
-        result = v.T.clone(memory_format=torch.contiguous_format)
-        for k in range(len(result)):
-            pieces = self.selection.split_rows(result[k : k + 1].clone())
-            self._fill(result[k], self._grads, [pieces[i] for i in self._which])
+            grads = self._grad(self._grads, self.selection.tensors, [rows[i] for i in self._which])
+            return self.selection.join_rows(grads, v.shape[1]).T
+        result = v.new_empty(v.shape[1], self.selection.size)
+        for k, row in enumerate(result):
+            pieces = self.selection.split_row(v[:, k].contiguous())
+            self._fill(row, self._grads, [pieces[i] for i in self._which])
         return result.T
 
     @property

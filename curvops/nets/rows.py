@@ -45,8 +45,7 @@ class Rows:
     @contextmanager
     def filling(self, row: Tensor) -> Iterator[list[Tensor]]:
         """Open the vector `row` `(P,)` for a pass; gives the parts, in the order of the parameters."""
-        shapes, sizes = self.selection.shapes, self.selection.sizes
-        parts = [part.view(shape) for part, shape in zip(row.split(list(sizes)), shapes, strict=True)]
+        parts = self.selection.split_row(row)
         mine = self._lock.acquire(blocking=False)
         try:
             if mine:
