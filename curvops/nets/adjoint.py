@@ -47,7 +47,10 @@ def plus(a: Tensor | None, b: Tensor) -> Tensor:
 
 def batched(*tensors: Tensor | None) -> bool:
     """Whether a vectorised pass is running: then tensors are not written to, since not all need have its columns."""
-    return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)  # type: ignore[attr-defined]
+    for t in tensors:  # noqa: SIM110  (three times as fast as any(), on the way of every product)
+        if t is not None and torch._C._functorch.is_batchedtensor(t):  # type: ignore[attr-defined]
+            return True
+    return False
 
 
 def once() -> None:

@@ -72,7 +72,7 @@ class Kept:
     def _fill(self, row: Tensor, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
         """One pass to the selected parameters, into `row` `(P,)`: nothing of its size is held beside."""
         selection = self.selection
-        if selection.indices is not None:
+        if selection.indices is not None or row.is_inference():  # the pass runs outside inference mode
             row.copy_(selection.join_row(self._column(outputs, selection.tensors, cotangents)))
             return
         with self._into.filling(row) as parts:

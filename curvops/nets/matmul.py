@@ -49,10 +49,10 @@ def with_product(sum_: Tensor | None, a: Tensor, b: Tensor, *, in_place: bool = 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        a.numel() * b.shape[-1] >= _WORTHWHILE
+        onednn_is_faster()
+        and a.numel() * b.shape[-1] >= _WORTHWHILE
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
-        and onednn_is_faster()
         and torch._C._get_mkldnn_enabled()
         and not batched(a, b)  # it has no batching rule
         and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))  # nor a derivative

@@ -13,9 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 Work = Callable[[], object]
 
@@ -68,7 +73,7 @@ def flops(work: Work) -> int | None:
 
     None where the counter's hooks on modules cannot follow (`torch.func` transforms of stateful modules).
     """
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         try:
             work()
         except RuntimeError as error:
@@ -99,5 +104,29 @@ def in_subprocess(module: str, *arguments: str) -> object:
 
 
 def _linear_flops(a: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """The counter does not know oneDNN's products by itself."""
     return 2 * math.prod(a) * weight[0]
+
+
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, *__: object, **___: object) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_UNCOUNTED: dict[Any, Any] = {
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
+    torch.ops.aten.addmm_: _product_flops,
+    torch.ops.aten.baddbmm_: _product_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""What PyTorch's counter passes over: oneDNN's products, products added in place, and attention on a processor, which
+it counts on accelerators by the same two formulas."""
