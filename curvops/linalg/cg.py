@@ -39,6 +39,8 @@ _SENTENCES = {
 _PATIENCE = 3
 # Iterations between looks at whether rounding has made the target unattainable.
 _FUTILITY = 64
+# Iterations between looks at the stopping test on an accelerator, each of which waits for it.
+_LOOK = 8
 
 
 @torch.no_grad()
@@ -82,6 +84,27 @@ def cg(
 
     Source: Hestenes and Stiefel (1952); Greenbaum (1997) for the attainable residual 2u‖A‖‖x‖.
     """
+    every = 1 if B.device.type == "cpu" else _LOOK
+    return iterate(matmat, B, rtol, max_iters, preconditioner, x0, progress=progress, every=every)
+
+
+@torch.no_grad()
+def iterate(
+    matmat: Matmat,
+    B: Float[Tensor, "P K"],
+    rtol: float,
+    max_iters: int | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    x0: Float[Tensor, "P K"] | None = None,
+    *,
+    progress: bool = False,
+    every: int = 1,
+) -> tuple[Float[Tensor, "P K"], SolveReport]:
+    """As `cg`, with the stopping test looked at `every` so many iterations; answers and residuals are the same.
+
+    Between two looks nothing is read back from the device: a column whose test has struck stands still until the next
+    look, while the others go on. That costs up to `every − 1` products more.
+    """
     began = time.perf_counter()
     system = prepare(B, x0, rtol, max_iters)
     A = Counted(matmat)
@@ -89,7 +112,7 @@ def cg(
     M = None if preconditioner is None else Counted(preconditioner, "the preconditioner")
     iterations = 0
     if system.active.numel():
-        state = _Iteration(A, M, system, answers)
+        state = _Iteration(A, M, system, answers, every)
         with tqdm(total=system.max_iters, desc="CG", disable=not progress, leave=False) as bar:
             while state.columns.numel() and state.iterations < system.max_iters:
                 state.step()
@@ -111,10 +134,16 @@ def cg(
 
 
 class _Iteration:
-    """The columns still open and their recurrences; every attribute but `norm` has one entry or column for each."""
+    """The columns still open and their recurrences; every attribute but `norm` has one entry or column for each.
 
-    def __init__(self, A: Counted, M: Counted | None, system: System, answers: Answers) -> None:
-        self.A, self.M, self.system, self.answers = A, M, system, answers
+    Attributes:
+        pending: Columns whose test has struck since the last look; None at a look.
+        broken: Those of them whose direction was none of descent.
+        lowest: Least rᵀMr since the last look, 0-dim.
+    """
+
+    def __init__(self, A: Counted, M: Counted | None, system: System, answers: Answers, every: int) -> None:
+        self.A, self.M, self.system, self.answers, self.every = A, M, system, answers, every
         self.u = unit_roundoff(system.B.dtype)
         # Below this Rayleigh quotient, relative to ‖A‖, the sign of pᵀAp is decided by rounding.
         self.floor = self.u * (8 + math.sqrt(system.B.shape[0]))
@@ -133,8 +162,15 @@ class _Iteration:
         self.last = torch.full_like(self.target, math.inf)
         self.strikes = torch.zeros_like(self.target)
         Z, self.rz = _precondition(M, self.R)
+        if M is not None:
+            _require_positive(self.rz)
         self.D = Z.clone()
+        self.pending: Tensor | None = None
+        self.broken = torch.zeros_like(self.target, dtype=torch.bool)
+        self.lowest = torch.full_like(self.norm, math.inf)
         self.iterations = 0
+        # One column on a processor: its scalars are Python's, at a tenth of a tensor operation's time.
+        self.one = _Scalars(self) if every == 1 and self.columns.numel() == 1 and self.D.device.type == "cpu" else None
 
     def _start_at(self, X: Tensor) -> None:
         AX = self.A(X)
@@ -145,13 +181,19 @@ class _Iteration:
 
     def step(self) -> None:
         """One iteration of every open column."""
+        if self.one is not None:
+            self._step_one(self.one)
+        else:
+            self._step_all()
+
+    def _step_all(self) -> None:
         D, X, R = self.D, self.X, self.R
         AD = self.A(D)
         dAd = column_dots(D, AD)
         curvature = dAd / column_dots(D, D)
         self.norm = torch.maximum(self.norm, curvature.amax())
         sound = curvature > self.floor * self.norm
-        length = torch.where(sound, self.rz / dAd, 0.0)
+        length = torch.where(sound if self.pending is None else sound & ~self.pending, self.rz / dAd, 0.0)
         X.addcmul_(D, length)
         R.addcmul_(AD, length, value=-1)
         rr = column_dots(R, R)
@@ -159,19 +201,81 @@ class _Iteration:
         event = ~sound | (rr <= self.target) | (rr > self.ceiling)
         if self.iterations % _FUTILITY == 0:
             event |= self._futile(rr)
-        restart = None
-        if bool(event.any()):
-            if not bool(sound.all()):
-                _refuse_negative(curvature[~sound], float(self.norm), self.floor)
-            rr, restart = self._check(event.nonzero().flatten(), ~sound, rr)
-            if not self.columns.numel():
-                return
+        struck, restart = self._struck(event, ~sound, curvature, rr), None
+        if not self.columns.numel():
+            return
+        if struck is not None:
+            rr, restart = struck
         Z, rz = (self.R, rr) if self.M is None else _precondition(self.M, self.R)
+        if self.M is not None:
+            self.lowest = torch.minimum(self.lowest, rz.amin())
+            if self.every == 1:
+                _require_positive(rz)
         beta = rz / self.rz
         if restart is not None:
             beta = torch.where(restart, 0.0, beta)
-        self.D.mul_(beta).add_(Z)
-        self.rz = rz
+        if self.pending is None:
+            self.D.mul_(beta).add_(Z)
+            self.rz = rz
+        else:  # a column that stands still keeps the direction and the rᵀMr of its last step
+            self.D.mul_(torch.where(self.pending, 1.0, beta)).add_(torch.where(self.pending, 0.0, Z))
+            self.rz = torch.where(self.pending, self.rz, rz)
+
+    def _struck(self, event: Tensor, broken: Tensor, curvature: Tensor, rr: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Note the columns whose test has struck; at a look check them, and answer as `_check`."""
+        if self.every > 1:
+            if self.pending is not None:
+                broken = torch.where(self.pending, self.broken, broken)
+                event = event | self.pending
+            broken = event & broken
+            if self.iterations % self.every and self.iterations < self.system.max_iters:
+                self.pending, self.broken = event, broken
+                return None
+            self.pending = None
+            strikes, lowest = torch.stack([event.any().to(self.lowest.dtype), self.lowest]).tolist()
+            if not lowest > 0:
+                _require_positive(self.lowest)
+            self.lowest = torch.full_like(self.lowest, math.inf)
+        else:
+            strikes = bool(event.any())
+        if not strikes:
+            return None
+        if bool(broken.any()):
+            _refuse_negative(curvature[broken], float(self.norm), self.floor)
+        return self._check(event.nonzero().flatten(), broken, rr)
+
+    def _step_one(self, one: _Scalars) -> None:
+        AD = self.A(self.D)
+        Ad = AD[:, 0]
+        dAd, dd = torch.dot(one.d, Ad).item(), torch.dot(one.d, one.d).item()
+        curvature = dAd / dd if dd else math.nan
+        one.norm = max(one.norm, curvature)
+        sound = curvature > self.floor * one.norm
+        if sound:
+            length = one.rz / dAd
+            one.x.add_(one.d, alpha=length)
+            one.r.add_(Ad, alpha=-length)
+        rr = torch.dot(one.r, one.r).item()
+        self.iterations += 1
+        event = not sound or rr <= one.target or rr > one.ceiling
+        look = self.iterations % _FUTILITY == 0
+        restart = False
+        if event or look:
+            self.norm, seen = self.norm.new_tensor(one.norm), self.R.new_tensor([rr])
+            if event or bool(self._futile(seen)):
+                everyone = torch.ones(1, dtype=torch.bool)
+                struck = self._struck(everyone, everyone & (not sound), self.R.new_tensor([curvature]), seen)
+                if not self.columns.numel() or struck is None:
+                    return
+                rr, restart = struck[0].item(), bool(struck[1])
+                one.read(self)
+        z, rz = one.r, rr
+        if self.M is not None:
+            Z, products = _precondition(self.M, self.R)
+            _require_positive(products)
+            z, rz = Z[:, 0], products.item()
+        torch.add(z, one.d, alpha=0.0 if restart else rz / one.rz, out=one.d)
+        one.rz = rz
 
     def _futile(self, rr: Tensor) -> Tensor:
         """Columns where rounding alone exceeds rtol (‖x‖ only grows) and the residual is no larger than it."""
@@ -234,19 +338,36 @@ class _Iteration:
         self.answers.fail("max_iters", self.columns[~met])
 
 
+class _Scalars:
+    """What one column's iteration needs: Python's numbers, and views of the vectors, which are written in place."""
+
+    def __init__(self, state: _Iteration) -> None:
+        self.d, self.x, self.r = state.D[:, 0], state.X[:, 0], state.R[:, 0]
+        self.rz = state.rz.item()
+        self.read(state)
+
+    def read(self, state: _Iteration) -> None:
+        """What a check may have changed."""
+        self.norm = float(state.norm)
+        self.target, self.ceiling = state.target.item(), state.ceiling.item()
+
+
 def _precondition(M: Counted | None, R: Tensor) -> tuple[Tensor, Tensor]:
     """M R and the columns' rᵀMr, which a positive definite M keeps positive."""
     if M is None:
         return R, column_dots(R, R)
     Z = M(R)
-    rz = column_dots(R, Z)
+    return Z, column_dots(R, Z)
+
+
+def _require_positive(rz: Tensor) -> None:
+    """Refuse a preconditioner that is not positive definite; waits for the device."""
     if not bool((rz > 0).all()):
         worst = float(rz.amin()) if not bool(torch.isnan(rz).any()) else math.nan
         raise NotPositiveDefiniteError(
             f"the preconditioner is not positive definite: CG met r'Mr = {worst:.3e} for a residual r; expected > 0. "
             f"Give another preconditioner, or none."
         )
-    return Z, rz
 
 
 def _refuse_negative(curvature: Tensor, norm: float, floor: float) -> None:

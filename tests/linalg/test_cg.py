@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError
-from curvops.linalg.cg import cg
+from curvops.linalg.cg import cg, iterate
 from curvops.linalg.minres import minres
 
 P = 120
@@ -196,6 +196,79 @@ class TestPreconditioner:
     def test_wrong_size_is_named(self, solver) -> None:
         with pytest.raises(ShapeError, match="the preconditioner returned shape"):
             solver(lambda V: V, columns(P, 2), rtol=1e-8, preconditioner=lambda R: R[:-1])
+
+
+class TestRareLooks:
+    """The stopping test looked at every few iterations, as on accelerators."""
+
+    @pytest.mark.parametrize("every", [2, 7, 64])
+    def test_columns_that_end_together_have_the_same_bits(self, every: int) -> None:
+        M = matrix(log_spectrum(P, 1e4))
+        B = columns(P, 1).repeat(1, 2)
+        X, report = iterate(lambda V: M @ V, B, 1e-8, every=every)
+        same, reference = iterate(lambda V: M @ V, B, 1e-8, every=1)
+        assert torch.equal(X, same)
+        assert report.residual is not None
+        assert torch.equal(report.residual, reference.residual)
+        assert reference.iterations <= report.iterations < reference.iterations + 2 * every
+        assert torch.allclose(report.residual, true_residual(M, X, B), rtol=1e-3)
+
+    @pytest.mark.parametrize("every", [3, 8])
+    @pytest.mark.parametrize("preconditioned", [False, True])
+    def test_columns_that_end_apart(self, every: int, preconditioned: bool) -> None:
+        M = matrix(log_spectrum(P, 1e3))
+        easy = torch.linalg.eigh(M).eigenvectors[:, :3]
+        B = torch.cat([easy @ columns(3, 3), columns(P, 3), torch.zeros(P, 1, dtype=torch.float64)], 1)
+        scale = M.diagonal()[:, None] if preconditioned else None
+        M_inverse = None if scale is None else lambda V: V / scale
+        X, report = iterate(lambda V: M @ V, B, 1e-10, None, M_inverse, every=every)
+        assert report.converged
+        assert bool((true_residual(M, X, B)[:-1] <= 1e-10).all())
+        exact = torch.linalg.solve(M, B)
+        assert torch.linalg.norm(X - exact) <= 1e-7 * torch.linalg.norm(exact)
+        once, _ = iterate(lambda V: M @ V, B, 1e-10, None, M_inverse, every=1)
+        assert torch.linalg.norm(X - once) <= 1e-10 * torch.linalg.norm(once)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_nothing_is_read_back_between_looks(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        M = matrix(log_spectrum(P, 1e4))
+        seen: list[int] = []
+        products = 0
+
+        def product(V: Tensor) -> Tensor:
+            nonlocal products
+            products += 1
+            return M @ V
+
+        for name in ("__bool__", "__float__", "item", "tolist"):
+            stock = getattr(Tensor, name)
+            read = lambda t, stock=stock: (seen.append(products), stock(t))[1]  # noqa: E731
+            monkeypatch.setattr(Tensor, name, read)
+        iterate(product, columns(P, count), 1e-30, 40, every=10)
+        during = [n for n in seen if 0 < n < 40]
+        assert sorted(set(during)) == [10, 20, 30]
+
+    def test_the_iteration_limit_is_a_look(self) -> None:
+        M = matrix(log_spectrum(P, 1e2))
+        B = columns(P, 2)
+        iterations = cg(lambda V: M @ V, B, rtol=1e-6)[1].iterations
+        X, report = iterate(lambda V: M @ V, B, 1e-6, iterations, every=1000)
+        assert report.converged
+        assert report.iterations == iterations
+        assert bool((true_residual(M, X, B) <= 1e-6).all())
+
+    @pytest.mark.parametrize("every", [1, 5])
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_refusals(self, every: int, count: int) -> None:
+        B = columns(P, count)
+        values = log_spectrum(P, 1e2)
+        M, indefinite, wrong = (matrix(torch.cat([values[: P - k], -values[P - k :]])) for k in (0, 3, 9))
+        with pytest.raises(NotPositiveDefiniteError, match="MINRES"):
+            iterate(lambda V: indefinite @ V, B, 1e-8, every=every)
+        with pytest.raises(NotPositiveDefiniteError, match="preconditioner"):
+            iterate(lambda V: M @ V, B, 1e-8, None, lambda V: wrong @ V, every=every)
+        with pytest.raises(DataError, match="NaN"):
+            iterate(lambda V: V * math.nan, B, 1e-8, every=every)
 
 
 @pytest.mark.parametrize("solver", [cg, minres])
