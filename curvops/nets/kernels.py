@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from curvops.nets.adjoint import batched, constants, is_plain, once, plus, zeros
 from curvops.nets.attention import attention
 from curvops.nets.elementwise import gelu, silu
-from curvops.nets.linear import linear_adjoint
+from curvops.nets.linear import claimed, linear_adjoint
 from curvops.nets.matmul import with_product
 from curvops.nets.normalisation import batch_norm, layer_norm
 from curvops.nets.rows import Rows
@@ -111,10 +111,7 @@ class _Linear(Function):
         x, W = constants(ctx)
         if torch.is_grad_enabled():
             return *_LinearAdjoint.apply(u, x, W, ctx.needs_input_grad[2]), None  # type: ignore[misc]
-        places = (None, None)
-        if ctx.rows is not None and not batched(u):
-            places = tuple(ctx.rows.claim(place) for place in ctx.places)
-        return *linear_adjoint(u, x, W, ctx.needs_input_grad[2], *places), None
+        return *linear_adjoint(u, x, W, ctx.needs_input_grad[2], *claimed(ctx, u)), None
 
 
 class _LinearAdjoint(Function):

@@ -6,36 +6,30 @@ y = x Wᵀ + b ,   u → (u W, uᵀ x, Σ u) ,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
 from curvops.errors import UnsupportedError
-from curvops.nets.adjoint import is_plain
-from curvops.nets.matmul import matmul, onednn_is_faster
+from curvops.nets.adjoint import batched, is_plain
+from curvops.nets.matmul import matmul, with_product
+from curvops.nets.rows import Rows
 
 
-class FastLinear(TorchFunctionMode):
-    """Runs `F.linear` as the functions of this module, where `matmul` may be faster than PyTorch's product."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear and onednn_is_faster():
-            return _linear(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not is_plain([input, weight, bias]) or weight.dim() != 2 or weight.dtype != torch.float32:
+def linear(rows: Rows | None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `F.linear`, twice differentiable and no further; gradients are written to `rows`."""
+    if not is_plain([input, weight, bias]) or weight.dim() != 2:
         return F.linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
+    return _Linear.apply(input, weight, bias, rows)  # type: ignore[return-value]
+
+
+def no_further() -> None:
+    """Refuse to record a third derivative."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError("this graph is for Hessian products and differentiates no further")
 
 
 def linear_adjoint(
@@ -60,8 +54,9 @@ def linear_adjoint(
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, rows: Rows | None) -> Tensor:
         ctx.save_for_backward(x, W)
+        ctx.rows, ctx.places = rows, None if rows is None else (rows.place(W), rows.place(b))
         return F.linear(x, W, b)
 
     @staticmethod
@@ -70,8 +65,16 @@ class _Linear(Function):
         x, W = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _Adjoint.apply(u, x, W, wanted)
-        return linear_adjoint(u, x if wanted[1] else None, W if wanted[0] else None, wanted[2])
+            return *_Adjoint.apply(u, x, W, wanted), None  # type: ignore[misc]
+        places = claimed(ctx, u)
+        return *linear_adjoint(u, x if wanted[1] else None, W if wanted[0] else None, wanted[2], *places), None
+
+
+def claimed(ctx: Any, u: Tensor) -> Any:
+    """Where weight and bias of a layer have their gradients written, if anywhere."""
+    if ctx.rows is None or batched(u):
+        return None, None
+    return tuple(ctx.rows.claim(place) for place in ctx.places)
 
 
 class _Adjoint(Function):
@@ -83,16 +86,14 @@ class _Adjoint(Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedError("this graph is for Hessian products and differentiates no further")
+        no_further()
         a, B, c = tangents
-        u, x, W = (t.detach() for t in ctx.saved_tensors)
-        terms = [] if a is None else [matmul(a, W.t())]
-        if B is not None:
-            terms.append(matmul(x, B.t()))
-        du = sum(terms[1:], terms[0]) if terms else None
-        if c is not None:
-            du = c.expand(u.shape) if du is None else du + c
+        u, x, W = ctx.saved_tensors
+        du = c if B is None else with_product(c, x, B.t())
+        if a is not None:
+            du = with_product(du, a, W.t(), in_place=B is not None)
+        if a is None and B is None and c is not None:
+            du = c.expand(u.shape)
         dx = matmul(u, B) if B is not None and ctx.needs_input_grad[1] else None
         dW = None
         if a is not None and ctx.needs_input_grad[2]:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvops.nets.curved import CurvedLayers
 from curvops.nets.forward import Inputs, Network, tensors_of
 from curvops.nets.graph import Footprint, footprint, graph_bytes
 from curvops.nets.kept import Engine, Kept
 from curvops.nets.kernels import LeanLayers
-from curvops.nets.linear import FastLinear
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.patches import recording
 
@@ -188,7 +188,7 @@ class HessianProduct(Kept):
         engine: Engine = "double_backward",
     ) -> None:
         super().__init__(network, selection, engine)
-        with FastLinear():
+        with CurvedLayers(self._into):
             f = network(x, selection.tensors)
         self.outputs: Tensor = f.detach()
         self._inputs = tensors_of(x)

@@ -1,4 +1,4 @@
-"""Hessian products through our linear layers are those through PyTorch's."""
+"""Hessian products through our layers are those through PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from curvops.errors import UnsupportedError
-from curvops.nets import linear as module
+from curvops.nets.curved import CurvedLayers
 from curvops.nets.forward import Network
-from curvops.nets.linear import FastLinear
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.products import HessianProduct
 
@@ -21,12 +20,6 @@ class Squares:
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         return 0.5 * f.sin().square().sum()
-
-
-@pytest.fixture(autouse=True, params=[False, True], ids=["stock", "ours"])
-def ours(request, monkeypatch):
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: request.param)
-    return request.param
 
 
 def randn(*shape: int) -> Tensor:
@@ -61,28 +54,49 @@ def test_hessian(shape, bias, which, columns):
     assert reference.relative_error(result.double(), H @ V.double()) < 5e-6
 
 
-def test_the_layer_is_used(ours):
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("which", [None, ["0.weight"], ["2.weight", "2.bias"]], ids=str)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_activations(name, which, columns):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), ACTIVATIONS[name](), nn.Linear(5, 4), ACTIVATIONS[name](), nn.Linear(4, 2))
+    model, x = model.double(), randn(6, 3).double()
+    product = HessianProduct(Network(model), ParameterSelection(model, which), Squares(), x, x)
+    V = randn(product.selection.size, columns).double()
+    H = flattened_hessian(model, x, which)
+    assert reference.relative_error(product.matmat(V), H @ V) < 1e-13
+
+
+def test_the_layers_are_used():
     W = randn(2, 3).requires_grad_()
-    with FastLinear():
+    with CurvedLayers():
         f = nn.functional.linear(randn(4, 3), W)
-    assert ("_LinearBackward" in type(f.grad_fn).__name__) is ours
+        assert "_LinearBackward" in type(f.grad_fn).__name__
+        for function in (torch.relu, Tensor.relu, nn.functional.relu, nn.functional.gelu, nn.functional.silu):
+            assert "Function" in str(type(function(f).grad_fn).__mro__)
 
 
-def test_float64_and_checkpointed_layers_run_plain():
+def test_checkpointed_layers_run_plain():
     W = randn(2, 3).requires_grad_()
-    with FastLinear():
-        double = nn.functional.linear(randn(4, 3).double(), W.double())
+    with CurvedLayers():
         recomputed = checkpoint(nn.functional.linear, randn(4, 3), W, use_reentrant=False)
-    assert "_LinearBackward" not in type(double.grad_fn).__name__
     assert "_LinearBackward" not in type(recomputed.grad_fn).__name__
 
 
-def test_third_derivative_is_refused(ours):
-    if not ours:
-        pytest.skip("PyTorch's own layer has derivatives of every order")
+@pytest.mark.parametrize("function", [torch.relu, nn.functional.gelu, nn.functional.silu, None])
+def test_third_derivative_is_refused(function):
     x, W = randn(4, 3), randn(2, 3).requires_grad_()
-    with FastLinear():
-        f = nn.functional.linear(x, W)
+    with CurvedLayers():
+        f = nn.functional.linear(x, W) if function is None else function(x @ W.T)
     (g,) = torch.autograd.grad(f.square().sum(), W, create_graph=True)
     with pytest.raises(UnsupportedError, match="no further"):
         torch.autograd.grad(g.square().sum(), W, create_graph=True)
