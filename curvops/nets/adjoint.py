@@ -35,6 +35,11 @@ def constants(ctx: Any) -> Sequence[Any]:
     return [None if t is None else t.detach() for t in ctx.saved_tensors]
 
 
+def unviewed(y: Tensor) -> Tensor:
+    """The same memory as no view: autograd lets nobody write to a view that a function of ours has made."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Zeros that take the memory of one number."""
     return like.new_zeros(1).expand(shape)
@@ -60,3 +65,9 @@ def once() -> None:
             "this graph is for products with a Jacobian and differentiates no further; take HessianProduct for second "
             "derivatives"
         )
+
+
+def no_further() -> None:
+    """Refuse to record a third derivative."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError("this graph is for Hessian products and differentiates no further")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from curvops.nets.adjoint import batched, constants, is_plain, once, plus, zeros
+from curvops.nets.adjoint import batched, constants, is_plain, once, plus, unviewed, zeros
 
 
 def attention(
@@ -52,7 +52,7 @@ class _Attention(Function):
         s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         ctx.save_for_backward(_heads(q) * s, _heads(k) * s, _heads(v), _heads(A))
         ctx.shapes = (q.shape, k.shape, v.shape)
-        return y
+        return unviewed(y)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

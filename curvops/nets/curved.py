@@ -4,7 +4,7 @@ y = φ(x) ,   u → φ′(x) u ,   (a, for the cotangent a of that) → (φ′(x
 
 φ′ and φ″ u are known when the graph is built, while PyTorch computes φ″ of a GELU from x in each product, which takes
 as long as the matrix products around it. A ReLU has no φ″, where PyTorch fills and adds zeros. Linear layers are in
-`linear`; other layers are PyTorch's.
+`linear`, layer norm in `curvednorm`; other layers are PyTorch's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from curvops.nets.adjoint import is_plain
-from curvops.nets.linear import linear, no_further
+from curvops.nets.adjoint import is_plain, no_further
+from curvops.nets.curvednorm import layer_norm
+from curvops.nets.linear import linear
 from curvops.nets.rows import Rows
 
 
@@ -71,6 +72,7 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 _CURVED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    F.layer_norm: layer_norm,
     F.gelu: _gelu,
     F.silu: _silu,
     F.relu: _relu,

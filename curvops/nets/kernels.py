@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from curvops.nets.adjoint import batched, constants, is_plain, once, plus, zeros
+from curvops.nets.adjoint import batched, constants, is_plain, once, plus, unviewed, zeros
 from curvops.nets.attention import attention
 from curvops.nets.elementwise import gelu, silu
 from curvops.nets.linear import claimed, linear_adjoint
@@ -103,7 +103,7 @@ class _Linear(Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, rows: Rows | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W if ctx.needs_input_grad[0] else None)
         ctx.rows, ctx.places = rows, None if rows is None else (rows.place(W), rows.place(b))
-        return F.linear(x, W, b)
+        return unviewed(F.linear(x, W, b))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

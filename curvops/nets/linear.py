@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from curvops.errors import UnsupportedError
-from curvops.nets.adjoint import batched, is_plain
+from curvops.nets.adjoint import batched, is_plain, no_further, unviewed
 from curvops.nets.matmul import matmul, with_product
 from curvops.nets.rows import Rows
 
@@ -24,12 +23,6 @@ def linear(rows: Rows | None, input: Tensor, weight: Tensor, bias: Tensor | None
     if not is_plain([input, weight, bias]) or weight.dim() != 2:
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, rows)  # type: ignore[return-value]
-
-
-def no_further() -> None:
-    """Refuse to record a third derivative."""
-    if torch.is_grad_enabled():
-        raise UnsupportedError("this graph is for Hessian products and differentiates no further")
 
 
 def linear_adjoint(
@@ -57,7 +50,7 @@ class _Linear(Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, rows: Rows | None) -> Tensor:
         ctx.save_for_backward(x, W)
         ctx.rows, ctx.places = rows, None if rows is None else (rows.place(W), rows.place(b))
-        return F.linear(x, W, b)
+        return unviewed(F.linear(x, W, b))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

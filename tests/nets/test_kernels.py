@@ -73,6 +73,7 @@ LAYERS = {
     ),
     "gelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU()), (5, 3)),
     "gelu by tanh": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh")), (5, 3)),
+    "relu in place, on positions": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)), (5, 2, 3)),
     "silu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU()), (5, 3)),
     "silu in place": (lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU(inplace=True)), (5, 3)),
     "attention": (lambda: Attention(4, heads=2), (5, 3, 4)),

@@ -54,22 +54,36 @@ def test_hessian(shape, bias, which, columns):
     assert reference.relative_error(result.double(), H @ V.double()) < 5e-6
 
 
-ACTIVATIONS = {
+OTHERS = {
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
     "gelu by tanh": lambda: nn.GELU("tanh"),
     "silu": nn.SiLU,
+    "layer norm": lambda: spread(nn.LayerNorm(4)),
+    "layer norm without bias": lambda: spread(nn.LayerNorm(4, bias=False)),
+    "layer norm without affine map": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "layer norm of two axes": lambda: spread(nn.LayerNorm((2, 4))),
+    "layer norm with a large epsilon": lambda: spread(nn.LayerNorm(4, eps=0.5)),
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("which", [None, ["0.weight"], ["2.weight", "2.bias"]], ids=str)
+def spread(layer: nn.Module) -> nn.Module:
+    """With an affine map that is not the trivial one."""
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    return layer
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("which", [None, ["0.weight"], ["3.weight", "3.bias"], "norms"], ids=str)
 @pytest.mark.parametrize("columns", [1, 3])
-def test_activations(name, which, columns):
+def test_layers(name, which, columns):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), ACTIVATIONS[name](), nn.Linear(5, 4), ACTIVATIONS[name](), nn.Linear(4, 2))
-    model, x = model.double(), randn(6, 3).double()
+    layers = [nn.Linear(3, 4), OTHERS[name](), nn.Tanh(), nn.Linear(4, 4), OTHERS[name](), nn.Linear(4, 2)]
+    model, x = nn.Sequential(*layers).double(), randn(6, 2, 3).double()
+    if which == "norms":
+        which = [n for n, _ in model.named_parameters() if n[0] in "14"] or None
     product = HessianProduct(Network(model), ParameterSelection(model, which), Squares(), x, x)
     V = randn(product.selection.size, columns).double()
     H = flattened_hessian(model, x, which)
