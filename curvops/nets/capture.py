@@ -39,7 +39,7 @@ Layout = Literal["batch first", "batch last", "shared"]
 Place = Literal["everywhere", "head", "body"]
 """Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
 
-_WITNESSES = 3
+_WITNESSES = 2
 """Examples on which the rows' ownership is established."""
 
 _BY_INDEX = frozenset(
@@ -123,12 +123,15 @@ class Layers:
         count = min(size, _WITNESSES)
         while True:
             few = Capture(self, _copied(take(x, 0, count, size)))
-            layouts, sure = few.layouts([count // 2])
+            # Where these are all there are, nothing later shows that rows were as many as examples by chance.
+            layouts, sure = few.layouts([count // 2] if count < size else range(count))
             if not sure:
                 layouts, sure = few.layouts(range(count))
-            if sure or count == size:
+            # A pair whose rows are not apart may be mixed as all pairs are: a third has no partner.
+            paired = count == 2 and None in layouts
+            if count == size or (sure and not paired):
                 break
-            count = min(size, 4 * count)
+            count = min(size, 3 if sure else 4 * count)
         if 1 < size == count:
             self._require_alone(x, size, few.outputs)
         # The batch starts with the witnesses: there their outputs are compared, in all its company.
@@ -273,40 +276,49 @@ class Capture(Kept):
             examples: Which, one column for each. One usually decides; if what it reaches fits two layouts, all do.
         """
         only = torch.arange(self.outputs.shape[0])
+        B = self.outputs.shape[0]
         U = torch.cat([self._through(only == n) for n in examples], -1)
-        reached = self._pulled_to([t.edge for taps in self._taps for t in taps if t is not None], U)
+        # A site of rows that all examples share is read elsewhere; one backward goes to both places.
+        read = [
+            [(t, None if t is None else self._shared(site, t, B)) for site, t in zip(sites, taps, strict=True)]
+            for sites, taps in zip(self._sites, self._taps, strict=True)
+        ]
+        edges = [where.edge for pairs in read for t, other in pairs for where in (t, other and other.tap) if where]
+        reached = self._pulled_to(edges, U)
+        column = torch.tensor(examples, device=U.device)[:, None]
         sure = True
         found: list[list[Layout] | None] = []
-        for sites, taps in zip(self._sites, self._taps, strict=True):
+        for pairs in read:
             layouts: list[Layout] | None = []
-            for site, t in zip(sites, taps, strict=True):
-                layout, certain = (None, True) if t is None else self._layout(site, t, U, reached, examples)
+            for t, shared in pairs:
+                layout, certain = (None, True) if t is None else self._layout(t, shared, reached, column)
                 sure = sure and certain
                 layouts = None if layout is None or layouts is None else [*layouts, layout]
             found.append(layouts)
         return found, sure
 
     def _layout(
-        self, site: Site, t: Tap, U: Tensor, reached: _AtEdges, examples: Sequence[int]
+        self, t: Tap, shared: _Reading | None, reached: _AtEdges, column: Tensor
     ) -> tuple[Layout | None, bool]:
+        """The layout of a tap's rows, and whether it is certain; `column` (K, 1) are the examples sent through."""
         B = self.outputs.shape[0]
-        column = torch.tensor(examples, device=U.device)[:, None]
         if t.rows % B == 0:
             g = reached[_key(t.edge)]
             if g is None:
                 return "batch first", False
-            reach = t.cotangent(g).reshape(len(examples), t.rows, -1).ne(0).any(-1)
+            reach = t.cotangent(g).reshape(len(column), t.rows, -1).ne(0).any(-1)
             row = torch.arange(t.rows, device=g.device)
             first = not bool((reach & (row // (t.rows // B) != column)).any())
-            last = not bool((reach & (row % B != column)).any())
+            last = t.rows == B and first or not bool((reach & (row % B != column)).any())
             if first or last:
-                return "batch first" if first else "batch last", first != last or t.rows == B
-        shared = self._shared(site, t, B)
+                # Shared rows, of which one example may reach only some, are told apart by all examples together.
+                certain = (first != last or t.rows == B) and (shared is None or len(column) == B)
+                return "batch first" if first else "batch last", certain
         if shared is None:
             return None, True
-        g = self._pulled_to([shared.tap.edge], U)[_key(shared.tap.edge)]
+        g = reached[_key(shared.tap.edge)]
         apart = g is not None and not bool(
-            (g.flatten(2).ne(0).any(-1) & (torch.arange(B, device=U.device) != column)).any()
+            (g.flatten(2).ne(0).any(-1) & (torch.arange(B, device=g.device) != column)).any()
         )
         return ("shared", True) if apart else (None, True)
 

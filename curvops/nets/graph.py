@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,10 +67,14 @@ def footprint(roots: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor
     return Footprint(sum(sizes), sum(sizes[:_ALIVE]))
 
 
+@functools.lru_cache(maxsize=256)
+def _names_saved(kind: type) -> tuple[str, ...]:
+    """Under which names nodes of one kind show what they saved."""
+    return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
+
+
 def _saved(node: Any) -> Iterator[Tensor]:
-    for name in dir(node):
-        if not name.startswith("_saved_") and name != "saved_tensors":
-            continue
+    for name in _names_saved(type(node)):
         try:
             value = getattr(node, name)
         except RuntimeError:  # Freed, or overwritten in place: not held for a later product.

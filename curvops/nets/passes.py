@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from curvops.errors import NonDeterministicDataError
 from curvops.nets import draws
 
 T = TypeVar("T")
+
+_KEPT = 2**16
+"""Weights of a checksum up to which they are kept for the next one."""
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative change of a batch's checksum that rounding explains (other kernels for other chunks), by outputs' dtype."""
@@ -47,7 +51,6 @@ class PassRecord:
         self._first: dict[int, _Trace] = {}
         self._count: int | None = None
         self._now: dict[int, _Trace] = {}
-        self._weights: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def batches(self) -> int | None:
@@ -123,11 +126,16 @@ class PassRecord:
 
     def _weight(self, dim: int, t: Tensor) -> Tensor:
         """Fixed numbers in (½, 1½), one for each row (dim 0) or column (dim 1)."""
-        key = (dim, t.shape[dim], t.dtype, t.device)
-        if key not in self._weights:
-            origin = torch.zeros(1, dtype=torch.int64, device=t.device)
-            self._weights[key] = (draws.uniforms(0, origin, 0, t.shape[dim], stream=dim)[0] + 0.5).to(t.dtype)
-        return self._weights[key]
+        make = _irregular if t.shape[dim] <= _KEPT else _irregular.__wrapped__
+        return make(dim, t.shape[dim], t.dtype, t.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _irregular(stream: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed numbers in (½, 1½), which depend on the arguments alone."""
+    with torch.inference_mode(False):
+        origin = torch.zeros(1, dtype=torch.int64, device=device)
+        return (draws.uniforms(0, origin, 0, count, stream=stream)[0] + 0.5).to(dtype)
 
 
 class PrivateRandomness:

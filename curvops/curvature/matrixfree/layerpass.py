@@ -81,7 +81,7 @@ class LayerPass:
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
-        self.layers = Layers(objective.network, objective.selection, byte_budget=self._budget())
+        self.layers = Layers(objective.network, objective.selection)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
         self._reported = not report_unused
@@ -99,6 +99,7 @@ class LayerPass:
             UnsupportedError: Examples that depend on each other.
         """
         self.objective.refresh()
+        self.layers.byte_budget = max(1, min(self.objective.budget() // 4, WORKING_BYTES))
         for batch in self.objective.batches():
             outputs: list[Tensor] = []
             yield from self._chunks(batch, outputs)
@@ -109,7 +110,7 @@ class LayerPass:
         size = batch.y.shape[0]
         self.layers.learn(batch.x, size)
         likelihood = self.objective.likelihood
-        room = max(1, self._budget() // max(1, self.layers.bytes_per_example))
+        room = max(1, self.layers.byte_budget // max(1, self.layers.bytes_per_example))
         most, start = min(size, room), 0
         while start < size:
             part = _part(batch, start, min(size, start + most))
@@ -160,9 +161,6 @@ class LayerPass:
         if self.objective.selection.device.type == "cpu" and not self._together:
             within = min(within, CPU_COLUMN_BYTES // max(1, examples * self.layers.bytes_per_example))
         return max(1, within)
-
-    def _budget(self) -> int:
-        return max(1, min(self.objective.budget() // 4, WORKING_BYTES))
 
     def _report(self, unused: list[int], fallback: list[int]) -> None:
         names = self.objective.selection.names

@@ -47,9 +47,9 @@ class SymmetricSum:
         total[0].addbmm_(X, X.transpose(1, 2), beta=kept)
 
     def value(self) -> Float[Tensor, "G d d"]:
-        """The sum."""
+        """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        total = self._total.clone()
+        total = self._total
         if len(total) == 1 and total.shape[1] >= 2 * PANEL:
             for start in range(0, total.shape[1], PANEL):
                 stop = start + PANEL
