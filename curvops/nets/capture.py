@@ -297,19 +297,18 @@ class Capture(Kept):
             found.append(layouts)
         return found, sure
 
-    def _layout(
-        self, t: Tap, shared: _Reading | None, reached: _AtEdges, column: Tensor
-    ) -> tuple[Layout | None, bool]:
+    def _layout(self, t: Tap, shared: _Reading | None, reached: _AtEdges, column: Tensor) -> tuple[Layout | None, bool]:
         """The layout of a tap's rows, and whether it is certain; `column` (K, 1) are the examples sent through."""
         B = self.outputs.shape[0]
         if t.rows % B == 0:
             g = reached[_key(t.edge)]
             if g is None:
                 return "batch first", False
-            reach = t.cotangent(g).reshape(len(column), t.rows, -1).ne(0).any(-1)
-            row = torch.arange(t.rows, device=g.device)
-            first = not bool((reach & (row // (t.rows // B) != column)).any())
-            last = t.rows == B and first or not bool((reach & (row % B != column)).any())
+            reach = t.cotangent(g).reshape(len(column), t.rows, -1).abs().amax(-1).ne(0)
+            example = torch.arange(B, device=g.device)
+            # Which examples' rows are reached, under either order; each column's own may be.
+            first = not bool((reach.unflatten(1, (B, -1)).any(2) & (example != column)).any())
+            last = first if t.rows == B else not bool((reach.unflatten(1, (-1, B)).any(1) & (example != column)).any())
             if first or last:
                 # Shared rows, of which one example may reach only some, are told apart by all examples together.
                 certain = (first != last or t.rows == B) and (shared is None or len(column) == B)
@@ -318,7 +317,7 @@ class Capture(Kept):
             return None, True
         g = reached[_key(shared.tap.edge)]
         apart = g is not None and not bool(
-            (g.flatten(2).ne(0).any(-1) & (torch.arange(B, device=g.device) != column)).any()
+            (g.flatten(2).abs().amax(-1).ne(0) & (torch.arange(B, device=g.device) != column)).any()
         )
         return ("shared", True) if apart else (None, True)
 

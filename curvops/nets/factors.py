@@ -20,6 +20,9 @@ from torch import Tensor
 CHUNK = 2**22
 """Entries of a temporary that holds per-example gradients."""
 
+FEW = 64
+"""Inputs below which their products with the outputs are faster with the outputs last."""
+
 SQUARED = 2**18
 """Entries of one whose squares are summed at once."""
 
@@ -53,14 +56,17 @@ class Outer:
             return self.squared_product(self.g[:, :, 0].square().sum(0))
         _, B, _, G, O = self.g.shape
         total = None
+        few = self.a.shape[-1] < FEW
         # Column by column, and so few examples at a time that their gradients are squared before they leave the caches.
         for rows in _slices(B, self.a[0, 0].numel() * O, SQUARED):
             a = self.a[rows].transpose(1, 2).flatten(0, 1)  # (B·G, T, I)
             for g in self.g[:, rows]:
-                G_squared = torch.bmm(g.permute(0, 2, 3, 1).flatten(0, 1), a).square_().unflatten(0, (-1, G)).sum(0)
+                h = g.permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, O, T)
+                rows_of_G = torch.bmm(a.transpose(1, 2), h.transpose(1, 2)) if few else torch.bmm(h, a)
+                G_squared = rows_of_G.square_().unflatten(0, (-1, G)).sum(0)
                 total = G_squared if total is None else total.add_(G_squared)
         assert total is not None
-        return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
+        return (total if few == self.flipped else total.transpose(1, 2)).reshape(-1)
 
     def squared_product(self, g_squared: Float[Tensor, "B G O"]) -> Float[Tensor, " p"]:
         """Σ_n g²_n (a²_n)ᵀ, for one position and squares summed over the columns."""

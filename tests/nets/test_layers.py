@@ -241,3 +241,32 @@ def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
     assert batch.fallback == [0, 1]
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_examples_that_mix_in_pairs_are_refused(size):
+    def forward(m, x):  # the first two make a pair of their own, among themselves and among all
+        h = torch.tanh(m.body(x))
+        h = torch.cat([h, h.new_zeros(len(x) % 2, 4)]).reshape(-1, 2, 4)
+        return m.head((h + h.flip(1)).reshape(-1, 4)[: len(x)])
+
+    model = Model(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
+    x = torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedError, match="depend on the other examples"):
+        Layers(Network(model), ParameterSelection(model)).capture(x, size)
+
+
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("positions", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(size, positions, at):
+    # Of the table's rows an example reaches one, which may be where its own would lie.
+    model = Model(
+        lambda m, x: m.head(torch.tanh(m.body(x) + m.table(torch.arange(x.shape[1])))[:, at]),
+        body=nn.Linear(3, 4), table=nn.Embedding(positions, 4), head=nn.Linear(4, 2),
+    ).double()  # fmt: skip
+    x = torch.randn(size, positions, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, size)
+    U = torch.ones(size, 2, 1, dtype=torch.float64)
+    J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
+    check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
