@@ -263,7 +263,7 @@ class _Iteration:
         if event or look:
             self.norm, seen = self.norm.new_tensor(one.norm), self.R.new_tensor([rr])
             if event or bool(self._futile(seen)):
-                everyone = torch.ones(1, dtype=torch.bool)
+                everyone = torch.ones_like(seen, dtype=torch.bool)
                 struck = self._struck(everyone, everyone & (not sound), self.R.new_tensor([curvature]), seen)
                 if not self.columns.numel() or struck is None:
                     return

@@ -24,6 +24,10 @@ _SMALL = 2**20
 """Bytes of a graph below which a pass is mostly calls, and K columns share them. Above, on a processor, the columns of
 a vectorised pass drive each other out of the caches, and one after the other is faster. Accelerators vectorise."""
 
+_LIGHT = 2**23
+"""Parameters times rows of outputs, up to which the same holds: above, a column's arithmetic takes longer than its
+calls (about a millisecond), and stacks of matrix products run at half the speed of single ones."""
+
 
 class Kept:
     """A kept graph: selection, column batching, memory, release."""
@@ -84,6 +88,11 @@ class Kept:
         raise NotImplementedError
 
     @property
+    def _work(self) -> int:
+        """Parameters times rows of outputs, where columns run through the whole network."""
+        return 0
+
+    @property
     def vector_bytes(self) -> int:
         """Bytes of one vector of parameters."""
         return self.selection.size * self.selection.tensors[0].element_size()
@@ -91,7 +100,8 @@ class Kept:
     def _in_turn(self) -> bool:
         """Whether columns run one after the other, as far as is known before one pass has tried to run them at once."""
         if self.batched is None:
-            return self.selection.tensors[0].device.type == "cpu" and self.graph_bytes > _SMALL
+            on_processor = self.selection.tensors[0].device.type == "cpu"
+            return on_processor and (self._work > _LIGHT or self.graph_bytes > _SMALL)
         return not self.batched
 
     def _takes_turns(self) -> bool:

@@ -112,6 +112,10 @@ class Linearisation(Kept):
         return rows.T
 
     @property
+    def _work(self) -> int:
+        return self.selection.size * self.outputs.shape[:-1].numel()
+
+    @property
     def graph_bytes(self) -> int:
         """Bytes that the kept graphs hold beyond parameters and buffers, each storage once.
 
@@ -222,6 +226,10 @@ class HessianProduct(Kept):
             pieces = self.selection.split_row(v[:, k].contiguous())
             self._fill(row, self._grads, [pieces[i] for i in self._which])
         return result.T
+
+    @property
+    def _work(self) -> int:
+        return self.selection.size * self.outputs.shape[:-1].numel()
 
     @property
     def graph_bytes(self) -> int:

@@ -126,6 +126,38 @@ class TestColumns:
             U = randn(*vectorised.outputs.shape, 4)
             assert reference.relative_error(vectorised.vjp(U), looped.vjp(U)) < 1e-14
 
+    @pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "language-model", "transformer-encoder"])
+    def test_in_turn_each_is_what_it_is_alone(self, name):
+        lin, p = linearised(problem(name)), problem(name)
+        H = hessian_product(p)
+        lin.batched = H.batched = False
+        rows = randn(4, lin.selection.size)
+        V, before = rows.T, rows.clone()
+        for product in (lambda V: lin.sandwich(V, torch.tanh), H.matmat):
+            together = product(V)
+            alone = torch.cat([product(V[:, k : k + 1]) for k in range(4)], 1)
+            assert reference.relative_error(together, alone) < 1e-14
+            assert torch.equal(together, product(V))  # to the bit
+            assert torch.equal(rows, before)
+
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_sandwich(self, batched):
+        for name in ("mlp", "tied", "sdpa"):
+            p = problem(name)
+            lin = linearised(p)
+            lin.batched = batched
+            J = reference.jacobian(p.model(), p.data()[0])
+            V = randn(J.shape[-1], 3)
+            expected = torch.einsum("...p,...k->pk", J, 2 * (J @ V))
+            assert reference.relative_error(lin.sandwich(V, lambda U: 2 * U), expected) < 1e-13
+
+    def test_columns_with_much_arithmetic_take_turns(self):
+        model = nn.Sequential(nn.Linear(8, 1100, bias=False), nn.Linear(1100, 2, bias=False))
+        for rows, batched in ((64, True), (1024, False)):
+            lin = Linearisation(Network(model), ParameterSelection(model, ["1"]), torch.zeros(rows, 8))
+            lin.vjp(torch.zeros(rows, 2, 3))
+            assert lin.batched is batched
+
     def test_an_operation_without_batching_rule_loops_and_is_right(self):
         model = nn.Sequential(nn.Linear(3, 2), Cubed(), nn.Linear(2, 2)).double()
         x = randn(4, 3)
