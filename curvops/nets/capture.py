@@ -10,37 +10,22 @@ set: what the operations saved is read off the autograd graph, and g is asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
 from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
-from curvops.nets.graph import graph_bytes
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
-from curvops.nets.kept import Kept
-from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.mixing import require_independent
+from curvops.nets.ownership import WITNESSES, AtEdges, LayerGraph, Layout, Plan, Reading, edge_key
 from curvops.nets.parameters import ParameterSelection
-from curvops.nets.rules import Tap, tap
-
-_AtEdges = dict[tuple[Any, int], Tensor | None]
-"""Edge → `(K, *shape there)`, None where nothing arrives."""
-
-Layout = Literal["batch first", "batch last", "shared"]
-"""How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
 
 Place = Literal["everywhere", "head", "body"]
 """Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
-
-_WITNESSES = 2
-"""Examples on which the rows' ownership is established."""
 
 _BY_INDEX = frozenset(
     f"{name}Backward0"
@@ -48,26 +33,6 @@ _BY_INDEX = frozenset(
                  "MaskedSelect", "MaskedScatter", "Sort", "Topk")
 )  # fmt: skip
 """Operations that move rows to places that depend on the data."""
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A tap with the layout of its rows."""
-
-    tap: Tap
-    layout: Layout
-    # shared: brings g at the tap's edge, where examples are apart, back to the operation's own output, per example
-    back: Callable[[Tensor, int], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was learned on the witnesses: per parameter the layout of each site, or None for the exact fallback."""
-
-    layouts: list[list[Layout] | None]
-    signature: list[list[tuple[str, int, float]]]
-    bytes_per_example: int
-    certain: bool
 
 
 class Layers:
@@ -81,8 +46,8 @@ class Layers:
 
     def __init__(self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28) -> None:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
-        self._plans: dict[object, _Plan] = {}
-        self._plan: _Plan | None = None
+        self._plans: dict[object, Plan] = {}
+        self._plan: Plan | None = None
         self._witnessed: Tensor | None = None
 
     @property
@@ -119,8 +84,8 @@ class Layers:
             batch.read(batch.learned(), size)
         return batch
 
-    def _learned(self, x: Inputs, size: int) -> _Plan:
-        count = min(size, _WITNESSES)
+    def _learned(self, x: Inputs, size: int) -> Plan:
+        count = min(size, WITNESSES)
         while True:
             few = Capture(self, _copied(take(x, 0, count, size)))
             # Where these are all there are, nothing later shows that rows were as many as examples by chance.
@@ -136,7 +101,7 @@ class Layers:
             self._require_alone(x, size, few.outputs)
         # The batch starts with the witnesses: there their outputs are compared, in all its company.
         self._witnessed = few.outputs
-        return _Plan(layouts, few.signature(), few.graph_bytes // count, sure)
+        return Plan(layouts, few.signature(), few.graph_bytes // count, sure)
 
     def _require_alone(self, x: Inputs, size: int, outputs: Tensor) -> None:
         """Refuse a batch whose first example has other outputs when it is alone."""
@@ -144,7 +109,7 @@ class Layers:
         require_independent(self.network, x, size, alone, outputs[:1])
 
 
-class Capture(Kept):
+class Capture(LayerGraph):
     """The graph of one batch, and where to read the factors of its layers.
 
     Attributes:
@@ -155,14 +120,9 @@ class Capture(Kept):
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
-        super().__init__(layers.network, layers.selection, "double_backward")
+        super().__init__(layers.network, layers.selection, x)
         self._layers, self._x = layers, x
-        self._f = layers.network(x, self.selection.tensors)
-        self.outputs: Tensor = self._f.detach()
-        self._users = graph_users(self._f)
-        self._sites = find_sites(self._users, self.selection.tensors)
-        self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
-        self._readings: list[list[_Reading] | None] = []
+        self._readings: list[list[Reading] | None] = []
         self._values: dict[tuple[int, int], Tensor] = {}
         self.fallback: list[int] = []
         self.head: Head | None = None
@@ -194,12 +154,12 @@ class Capture(Kept):
         if head is None:
             grads = self._pulled_to(edges, U)
         elif place == "head":
-            grads: _AtEdges = {_key(head.output): rows}
+            grads: AtEdges = {edge_key(head.output): rows}
         else:
             grads = self._pulled(edges, head.features, rows)
 
-        def read(i: int, readings: list[_Reading]) -> Factors | None:
-            found = [(j, r, grads[_key(r.tap.edge)]) for j, r in enumerate(readings)]
+        def read(i: int, readings: list[Reading]) -> Factors | None:
+            found = [(j, r, grads[edge_key(r.tap.edge)]) for j, r in enumerate(readings)]
             parts = [self._part((i, j), r, g.detach(), B) for j, r, g in found if g is not None]
             return Factors(self.selection.sizes[i], parts) if parts else None
 
@@ -209,37 +169,14 @@ class Capture(Kept):
                 result[i] = Factors(self.selection.sizes[i], [Direct(rows)])
         return result
 
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes that the kept graph holds beyond parameters and buffers."""
-        return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
-
     def release(self) -> None:
         """Drop the graph; the outputs stay."""
-        self._released = True
-        self._f = self.outputs
-        self._users, self._sites, self._taps, self._readings, self._values = {}, [], [], [], {}
-        self.head = None
+        super().release()
+        self._readings, self._values, self.head = [], {}, None
 
     # ---- which rows are whose -----------------------------------------------------------------------------------
 
-    def signature(self) -> list[list[tuple[str, int, float]]]:
-        """Per parameter and site: the operation, the operand's slot, rows per example."""
-        B = self.outputs.shape[0]
-        return [
-            [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
-            for sites, taps in zip(self._sites, self._taps, strict=True)
-        ]
-
-    def learned(self) -> _Plan:
-        """What this batch itself says of its rows, by a backward of its own."""
-        B = self.outputs.shape[0]
-        layouts, sure = self.layouts([B // 2])
-        if not sure:
-            layouts, sure = self.layouts(range(0, B, max(1, B // _WITNESSES)))
-        return _Plan(layouts, self.signature(), self.graph_bytes // B, sure)
-
-    def read(self, plan: _Plan, size: int) -> bool:
+    def read(self, plan: Plan, size: int) -> bool:
         """Decide how each site is read; a parameter whose sites differ from what was learned goes to the fallback.
 
         Returns:
@@ -248,7 +185,7 @@ class Capture(Kept):
         self.fallback, self._readings = [], []
         mine = self.signature()
         for i, layouts in enumerate(plan.layouts):
-            readings: list[_Reading] | None = [] if layouts is not None and len(layouts) == len(mine[i]) else None
+            readings: list[Reading] | None = [] if layouts is not None and len(layouts) == len(mine[i]) else None
             for j, layout in enumerate(layouts or ()):
                 if readings is None:
                     break
@@ -259,7 +196,7 @@ class Capture(Kept):
                     reading = None if t is None or not same else self._shared(self._sites[i][j], t, size)
                 else:
                     fits = t is not None and same and t.rows == per_example * size
-                    reading = _Reading(t, layout) if t is not None and fits else None
+                    reading = Reading(t, layout) if t is not None and fits else None
                 readings = None if reading is None else [*readings, reading]
             if readings is None:
                 self.fallback.append(i)
@@ -268,65 +205,6 @@ class Capture(Kept):
         self._check_ownership()
         self.head = None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
         return as_learned
-
-    def layouts(self, examples: Sequence[int]) -> tuple[list[list[Layout] | None], bool]:
-        """Layouts found by sending random cotangents through single examples; and whether all are certain.
-
-        Args:
-            examples: Which, one column for each. One usually decides; if what it reaches fits two layouts, all do.
-        """
-        only = torch.arange(self.outputs.shape[0])
-        B = self.outputs.shape[0]
-        U = torch.cat([self._through(only == n) for n in examples], -1)
-        # A site of rows that all examples share is read elsewhere; one backward goes to both places.
-        read = [
-            [(t, None if t is None else self._shared(site, t, B)) for site, t in zip(sites, taps, strict=True)]
-            for sites, taps in zip(self._sites, self._taps, strict=True)
-        ]
-        edges = [where.edge for pairs in read for t, other in pairs for where in (t, other and other.tap) if where]
-        reached = self._pulled_to(edges, U)
-        column = torch.tensor(examples, device=U.device)[:, None]
-        sure = True
-        found: list[list[Layout] | None] = []
-        for pairs in read:
-            layouts: list[Layout] | None = []
-            for t, shared in pairs:
-                layout, certain = (None, True) if t is None else self._layout(t, shared, reached, column)
-                sure = sure and certain
-                layouts = None if layout is None or layouts is None else [*layouts, layout]
-            found.append(layouts)
-        return found, sure
-
-    def _layout(self, t: Tap, shared: _Reading | None, reached: _AtEdges, column: Tensor) -> tuple[Layout | None, bool]:
-        """The layout of a tap's rows, and whether it is certain; `column` (K, 1) are the examples sent through."""
-        B = self.outputs.shape[0]
-        if t.rows % B == 0:
-            g = reached[_key(t.edge)]
-            if g is None:
-                return "batch first", False
-            reach = t.cotangent(g).reshape(len(column), t.rows, -1).abs().amax(-1).ne(0)
-            example = torch.arange(B, device=g.device)
-            # Which examples' rows are reached, under either order; each column's own may be.
-            first = not bool((reach.unflatten(1, (B, -1)).any(2) & (example != column)).any())
-            last = first if t.rows == B else not bool((reach.unflatten(1, (-1, B)).any(1) & (example != column)).any())
-            if first or last:
-                # Shared rows, of which one example may reach only some, are told apart by all examples together.
-                certain = (first != last or t.rows == B) and (shared is None or len(column) == B)
-                return "batch first" if first else "batch last", certain
-        if shared is None:
-            return None, True
-        g = reached[_key(shared.tap.edge)]
-        apart = g is not None and not bool(
-            (g.flatten(2).abs().amax(-1).ne(0) & (torch.arange(B, device=g.device) != column)).any()
-        )
-        return ("shared", True) if apart else (None, True)
-
-    def _through(self, chosen: Tensor) -> Tensor:
-        """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
-        draw[~chosen] = 0
-        return draw.to(self.outputs).unsqueeze(-1)
 
     def _check_ownership(self) -> None:
         """Send a cotangent through half of the examples, and to the fallback whatever lets it reach the other half.
@@ -343,7 +221,7 @@ class Capture(Kept):
         reached = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
         for i, readings in enumerate(self._readings):
             for r in readings or ():
-                g = reached[_key(r.tap.edge)]
+                g = reached[edge_key(r.tap.edge)]
                 if g is None:
                     continue
                 own = g if r.back else self._split(r.tap.cotangent(g), 1, r.layout, B)
@@ -353,63 +231,7 @@ class Capture(Kept):
                     break
         self.fallback.sort()
 
-    def _shared(self, site: Site, t: Tap, size: int) -> _Reading | None:
-        """The reading of rows that all examples share, at the sum where they meet the examples.
-
-        Positional lookups and projections of constants have no batch axis; it comes in where their result is broadcast
-        to it. There g is apart for each example.
-        """
-        node, number = site.node, 0
-        while True:
-            users = self._users[node]
-            if len(users) != 1:
-                return None
-            user, slot, number = users[0]
-            if user.name() not in ("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "AliasBackward0"):
-                break
-            node = user
-        if user.name() != "AddBackward0" or (slot == 1 and user._saved_alpha != 1):
-            return None
-        edge, operand = GradientEdge(user, 0), GradientEdge(node, number)
-        full, own = shape_at(edge), shape_at(operand)
-        aligned = (1,) * (len(full) - len(own)) + tuple(own)
-        if len(full) < 2 or full[0] != size or aligned[0] != 1:
-            return None
-
-        def back(g: Tensor, K: int) -> Tensor:  # (K, B, …) → (K · B, *shape of the operation's output)
-            g = g.reshape(K * size, 1, *full[1:])
-            for axis, n in enumerate(aligned):
-                if n == 1 and axis > 0:
-                    g = g.sum(1 + axis, keepdim=True)
-            g = g.reshape(K * size, *own)
-            if node is site.node:
-                return g
-            (result,) = self._grad([operand], [GradientEdge(site.node, 0)], [g])  # type: ignore[list-item]
-            assert result is not None
-            return result
-
-        return _Reading(replace(t, edge=edge), "shared", back)
-
-    def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor) -> _AtEdges:
-        """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
-        return self._pulled(edges, self._f, U.movedim(-1, 0))
-
-    def _pulled(self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor) -> _AtEdges:
-        """K cotangents of what is at `start`, `(K, …)`, pulled back."""
-        wanted = {_key(edge): edge for edge in edges}
-        if not wanted:
-            return {}
-        found = self._grad([start], list(wanted.values()), [g])  # type: ignore[list-item]
-        return dict(zip(wanted, found, strict=True))
-
-    # ---- reading ------------------------------------------------------------------------------------------------
-
-    def _tap(self, site: Site) -> Tap | None:
-        tensor = self.selection.tensors[site.parameter]
-        place = placement(site, tensor)
-        return None if place is None else tap(site, place, tensor.shape)
-
-    def _part(self, key: tuple[int, int], r: _Reading, g: Tensor, B: int) -> Part:
+    def _part(self, key: tuple[int, int], r: Reading, g: Tensor, B: int) -> Part:
         K, t = g.shape[0], r.tap
         with torch.no_grad():
             if r.back is None:
@@ -426,7 +248,7 @@ class Capture(Kept):
             return Lookup(value, cotangent, t.size)
         return Shift(cotangent) if t.kind == "shift" else Direct(cotangent)
 
-    def _value(self, key: tuple[int, int], r: _Reading, B: int) -> Tensor | None:
+    def _value(self, key: tuple[int, int], r: Reading, B: int) -> Tensor | None:
         """The site's input with examples first, kept for further cotangents."""
         t = r.tap
         if t.value is None:
@@ -453,10 +275,6 @@ class Capture(Kept):
         chunks = example_rows(self._network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
         rows = torch.cat([r for _, r, _ in chunks]).transpose(0, 1)
         return list(rows.split(list(some.sizes), dim=-1))
-
-
-def _key(edge: GradientEdge) -> tuple[Any, int]:
-    return edge.node, edge.output_nr
 
 
 def _example_shapes(x: Inputs, size: int) -> object:

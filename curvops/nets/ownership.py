@@ -1,0 +1,219 @@
+"""The graph of one batch, the places where parameters are used in it, and which rows there belong to which examples.
+
+Operations see rows, and whose they are is not written anywhere: an example's rows may follow each other, or lie one by
+one between those of the others, or be shared by all. It is found out by sending a cotangent through single examples,
+and looking where it arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvops.nets.forward import Inputs, Network
+from curvops.nets.graph import graph_bytes
+from curvops.nets.kept import Kept
+from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.rules import Tap, tap
+
+AtEdges = dict[tuple[Any, int], Tensor | None]
+"""Edge → `(K, *shape there)`, None where nothing arrives."""
+
+Layout = Literal["batch first", "batch last", "shared"]
+"""How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+WITNESSES = 2
+"""Examples on which the rows' ownership is established."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tap with the layout of its rows."""
+
+    tap: Tap
+    layout: Layout
+    # shared: brings g at the tap's edge, where examples are apart, back to the operation's own output, per example
+    back: Callable[[Tensor, int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was learned on the witnesses: per parameter the layout of each site, or None for the exact fallback."""
+
+    layouts: list[list[Layout] | None]
+    signature: list[list[tuple[str, int, float]]]
+    bytes_per_example: int
+    certain: bool
+
+
+class LayerGraph(Kept):
+    """One forward, and where it uses the selected parameters.
+
+    Args:
+        network: The network.
+        selection: The parameters.
+        x: Inputs of the batch.
+
+    Attributes:
+        outputs: f, detached.
+    """
+
+    def __init__(self, network: Network, selection: ParameterSelection, x: Inputs) -> None:
+        super().__init__(network, selection, "double_backward")
+        self._f = network(x, selection.tensors)
+        self.outputs: Tensor = self._f.detach()
+        self._users = graph_users(self._f)
+        self._sites = find_sites(self._users, selection.tensors)
+        self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graph holds beyond parameters and buffers."""
+        return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
+
+    def release(self) -> None:
+        """Drop the graph; the outputs stay."""
+        self._released = True
+        self._f = self.outputs
+        self._users, self._sites, self._taps = {}, [], []
+
+    def signature(self) -> list[list[tuple[str, int, float]]]:
+        """Per parameter and site: the operation, the operand's slot, rows per example."""
+        B = self.outputs.shape[0]
+        return [
+            [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
+            for sites, taps in zip(self._sites, self._taps, strict=True)
+        ]
+
+    def learned(self) -> Plan:
+        """What this batch itself says of its rows, by a backward of its own."""
+        B = self.outputs.shape[0]
+        layouts, sure = self.layouts([B // 2])
+        if not sure:
+            layouts, sure = self.layouts(range(0, B, max(1, B // WITNESSES)))
+        return Plan(layouts, self.signature(), self.graph_bytes // B, sure)
+
+    def layouts(self, examples: Sequence[int]) -> tuple[list[list[Layout] | None], bool]:
+        """Layouts found by sending random cotangents through single examples; and whether all are certain.
+
+        Args:
+            examples: Which, one column for each. One usually decides; if what it reaches fits two layouts, all do.
+        """
+        only = torch.arange(self.outputs.shape[0])
+        B = self.outputs.shape[0]
+        U = torch.cat([self._through(only == n) for n in examples], -1)
+        # A site of rows that all examples share is read elsewhere; one backward goes to both places.
+        read = [
+            [(t, None if t is None else self._shared(site, t, B)) for site, t in zip(sites, taps, strict=True)]
+            for sites, taps in zip(self._sites, self._taps, strict=True)
+        ]
+        edges = [where.edge for pairs in read for t, other in pairs for where in (t, other and other.tap) if where]
+        reached = self._pulled_to(edges, U)
+        column = torch.tensor(examples, device=U.device)[:, None]
+        sure = True
+        found: list[list[Layout] | None] = []
+        for pairs in read:
+            layouts: list[Layout] | None = []
+            for t, shared in pairs:
+                layout, certain = (None, True) if t is None else self._layout(t, shared, reached, column)
+                sure = sure and certain
+                layouts = None if layout is None or layouts is None else [*layouts, layout]
+            found.append(layouts)
+        return found, sure
+
+    def _layout(self, t: Tap, shared: Reading | None, reached: AtEdges, column: Tensor) -> tuple[Layout | None, bool]:
+        """The layout of a tap's rows, and whether it is certain; `column` (K, 1) are the examples sent through."""
+        B = self.outputs.shape[0]
+        if t.rows % B == 0:
+            g = reached[edge_key(t.edge)]
+            if g is None:
+                return "batch first", False
+            reach = t.cotangent(g).reshape(len(column), t.rows, -1).abs().amax(-1).ne(0)
+            example = torch.arange(B, device=g.device)
+            # Which examples' rows are reached, under either order; each column's own may be.
+            first = not bool((reach.unflatten(1, (B, -1)).any(2) & (example != column)).any())
+            last = first if t.rows == B else not bool((reach.unflatten(1, (-1, B)).any(1) & (example != column)).any())
+            if first or last:
+                # Shared rows, of which one example may reach only some, are told apart by all examples together.
+                certain = (first != last or t.rows == B) and (shared is None or len(column) == B)
+                return "batch first" if first else "batch last", certain
+        if shared is None:
+            return None, True
+        g = reached[edge_key(shared.tap.edge)]
+        apart = g is not None and not bool(
+            (g.flatten(2).abs().amax(-1).ne(0) & (torch.arange(B, device=g.device) != column)).any()
+        )
+        return ("shared", True) if apart else (None, True)
+
+    def _through(self, chosen: Tensor) -> Tensor:
+        """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
+        draw[~chosen] = 0
+        return draw.to(self.outputs).unsqueeze(-1)
+
+    def _shared(self, site: Site, t: Tap, size: int) -> Reading | None:
+        """The reading of rows that all examples share, at the sum where they meet the examples.
+
+        Positional lookups and projections of constants have no batch axis; it comes in where their result is broadcast
+        to it. There g is apart for each example.
+        """
+        node, number = site.node, 0
+        while True:
+            users = self._users[node]
+            if len(users) != 1:
+                return None
+            user, slot, number = users[0]
+            if user.name() not in ("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "AliasBackward0"):
+                break
+            node = user
+        if user.name() != "AddBackward0" or (slot == 1 and user._saved_alpha != 1):
+            return None
+        edge, operand = GradientEdge(user, 0), GradientEdge(node, number)
+        full, own = shape_at(edge), shape_at(operand)
+        aligned = (1,) * (len(full) - len(own)) + tuple(own)
+        if len(full) < 2 or full[0] != size or aligned[0] != 1:
+            return None
+
+        def back(g: Tensor, K: int) -> Tensor:  # (K, B, …) → (K · B, *shape of the operation's output)
+            g = g.reshape(K * size, 1, *full[1:])
+            for axis, n in enumerate(aligned):
+                if n == 1 and axis > 0:
+                    g = g.sum(1 + axis, keepdim=True)
+            g = g.reshape(K * size, *own)
+            if node is site.node:
+                return g
+            (result,) = self._grad([operand], [GradientEdge(site.node, 0)], [g])  # type: ignore[list-item]
+            assert result is not None
+            return result
+
+        return Reading(replace(t, edge=edge), "shared", back)
+
+    def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor) -> AtEdges:
+        """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
+        return self._pulled(edges, self._f, U.movedim(-1, 0))
+
+    def _pulled(self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor) -> AtEdges:
+        """K cotangents of what is at `start`, `(K, …)`, pulled back."""
+        wanted = {edge_key(edge): edge for edge in edges}
+        if not wanted:
+            return {}
+        found = self._grad([start], list(wanted.values()), [g])  # type: ignore[list-item]
+        return dict(zip(wanted, found, strict=True))
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def _tap(self, site: Site) -> Tap | None:
+        tensor = self.selection.tensors[site.parameter]
+        place = placement(site, tensor)
+        return None if place is None else tap(site, place, tensor.shape)
+
+
+def edge_key(edge: GradientEdge) -> tuple[Any, int]:
+    return edge.node, edge.output_nr
