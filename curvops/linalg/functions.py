@@ -21,6 +21,7 @@ from curvops.typing import Matmat
 FIRST_STEPS = 10
 _SLAB_BYTES = 1 << 28
 _EXPECTED_STEPS = 128
+_LEAST_STEPS = 20
 
 Weight = Callable[[np.ndarray], np.ndarray]
 """w(t) ≥ 0 of a Stieltjes function: |f(x) − f(y)| = |∫₀^∞ w(t) (1/(x + t) − 1/(y + t)) dt|."""
@@ -107,9 +108,10 @@ class _Column:
             return self.norm * float(np.trapezoid(weight(t) * t * np.exp(logs) / (a + t), u))
 
 
-def slab(size: int, dtype: torch.dtype) -> int:
-    """Columns that run together."""
-    return max(1, int(_SLAB_BYTES / (size * _EXPECTED_STEPS * dtype.itemsize)))
+def slab(size: int, dtype: torch.dtype, memory: int | None = None) -> int:
+    """Columns that run together at first, given the bytes that their bases may take (256 MB at most)."""
+    held = _SLAB_BYTES if memory is None else min(memory, _SLAB_BYTES)
+    return max(1, int(held / (size * _EXPECTED_STEPS * dtype.itemsize)))
 
 
 def apply_function(
@@ -121,6 +123,7 @@ def apply_function(
     max_steps: int | None = None,
     lower_bound: float | None = None,
     weight: Weight | None = None,
+    memory: int | None = None,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "P K"], SolveReport]:
     """f(A) V for a symmetric A, column by column in its own Krylov space.
@@ -138,6 +141,8 @@ def apply_function(
         max_steps: Bound on the depth; default min(P, 1000).
         lower_bound: Proven lower bound of the spectrum: Ritz values are kept above it.
         weight: Stieltjes weight of f (`stieltjes_power`), which needs lower_bound ≥ 0.
+        memory: Bytes that the bases of the columns that run together may take; columns that need to go deeper than
+            that allows start again among fewer. None: as deep as max_steps.
         progress: Show progress bars.
 
     Returns:
@@ -164,19 +169,24 @@ def apply_function(
         )
     size, columns = V.shape
     depth = min(size, max_steps or 1000)
-    width = slab(size, V.dtype)
-    parts, errors, floors, steps, matvecs = [], [], [], 0, 0
+    width, allowed = max(1, min(columns, slab(size, V.dtype, memory))), depth
+    X, steps, matvecs = torch.zeros_like(V.detach()), 0, 0
+    residual, floor = (torch.zeros(columns, dtype=torch.float64, device="cpu") for _ in range(2))
+    left = torch.arange(columns, device="cpu")
     with torch.no_grad():
-        for start in range(0, columns, width):
-            piece = V[:, start : start + width].detach()
-            found = _slab(matmat, f, piece, rtol, depth, lower_bound, weight, progress)
-            parts.append(found[0])
-            errors.append(found[1])
-            floors.append(found[2])
-            steps, matvecs = max(steps, found[3]), matvecs + found[4]
-        X = torch.cat(parts, dim=1) if parts else V.detach().clone()
-    residual = torch.cat(errors) if errors else torch.zeros(0, dtype=torch.float64, device="cpu")
-    floor = torch.cat(floors) if floors else torch.zeros(0, dtype=torch.float64, device="cpu")
+        while len(left):
+            if memory is not None:
+                allowed = min(depth, max(_LEAST_STEPS, memory // (width * size * V.dtype.itemsize)))
+            for piece in left.split(width):
+                at = piece.to(V.device)
+                found = _slab(matmat, f, V[:, at].detach(), rtol, allowed, lower_bound, weight, progress)
+                X[:, at], residual[piece], floor[piece] = found[:3]
+                steps, matvecs = max(steps, found[3]), matvecs + found[4]
+            if width == 1 or allowed == depth:
+                break
+            # What was too deep to go together begins again with four times the memory each: a third more products.
+            left = left[(residual[left] > rtol) & (floor[left] <= rtol)]
+            width = max(1, width // 4)
     attainable = float(floor.max()) if columns else 0.0
     met = bool((torch.maximum(residual, floor) <= rtol).all())
     how = "bounded by shifted residuals" if weight is not None else "estimated from successive depths"
@@ -186,7 +196,7 @@ def apply_function(
         limit = (
             f"rounding of the products allows {attainable:.1e} only; multiply in float64"
             if attainable > rtol
-            else f"{depth} steps were allowed"
+            else f"{allowed} steps were allowed"
         )
         reason += f" Target {rtol:g} not met: {limit}."
     return X, SolveReport(
@@ -259,6 +269,7 @@ def sqrt(
     rtol: float,
     lower_bound: float | None,
     max_steps: int | None = None,
+    memory: int | None = None,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "P K"], SolveReport]:
     """A^½ V for a positive semidefinite A, with a certified error; arguments as in `apply_function`.
@@ -266,7 +277,7 @@ def sqrt(
     Raises:
         NotPositiveDefiniteError: `lower_bound` is unknown or negative, or was disproved.
     """
-    return _root(matmat, V, 0.5, rtol, lower_bound, max_steps, progress)
+    return _root(matmat, V, 0.5, rtol, lower_bound, max_steps, memory, progress)
 
 
 def inv_sqrt(
@@ -276,6 +287,7 @@ def inv_sqrt(
     rtol: float,
     lower_bound: float | None,
     max_steps: int | None = None,
+    memory: int | None = None,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "P K"], SolveReport]:
     """A^-½ V for a positive definite A, with a certified error; arguments as in `apply_function`.
@@ -283,7 +295,7 @@ def inv_sqrt(
     Raises:
         NotPositiveDefiniteError: `lower_bound` is unknown or not positive, or was disproved.
     """
-    return _root(matmat, V, -0.5, rtol, lower_bound, max_steps, progress)
+    return _root(matmat, V, -0.5, rtol, lower_bound, max_steps, memory, progress)
 
 
 def _root(
@@ -293,6 +305,7 @@ def _root(
     rtol: float,
     lower_bound: float | None,
     max_steps: int | None,
+    memory: int | None,
     progress: bool,
 ) -> tuple[Tensor, SolveReport]:
     least = 0.0 if lower_bound is None else lower_bound
@@ -311,5 +324,6 @@ def _root(
         max_steps=max_steps,
         lower_bound=lower_bound,
         weight=stieltjes_power(exponent),
+        memory=memory,
         progress=progress,
     )

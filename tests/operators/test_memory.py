@@ -65,6 +65,19 @@ def test_lanczos_deepens_no_further_than_the_budget_goes():
         A.logdet(co.SLQ(probes=10, rtol=1e-9))
 
 
+def test_columns_that_do_not_fit_together_go_as_deep_as_they_need_among_fewer():
+    d = torch.logspace(0, 4, 512, dtype=torch.float64)
+    A = co.Closure(lambda V: d[:, None] * V, (512, 512), batched=True, is_psd=True, lower_bound=1.0)
+    A.memory_budget = 4 * 2**20  # five bases of all the 512 steps, four bases of 128; there are forty columns
+    V = torch.randn(512, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X, report = A.sqrt_matvec(V, co.Lanczos(rtol=1e-8), return_report=True)
+    assert report.converged
+    assert report.iterations > 128
+    assert torch.linalg.vector_norm(X - d.sqrt()[:, None] * V, dim=0).max() <= 1e-8 * float(X.norm(dim=0).max())
+    with pytest.raises(co.errors.ConvergenceError, match="10 steps were allowed"):
+        A.sqrt_matvec(V, co.Lanczos(steps=10, rtol=1e-8))
+
+
 def test_needs_add_up():
     one, two = Need(100, 10), Need(50, 5, complete=False)
     assert in_turn([one, two]) == Need(100, 15, complete=False)

@@ -24,6 +24,7 @@ from curvops.operators.routes.definiteness import indefinite
 from curvops.operators.routes.plan import (
     EIGH,
     Plan,
+    basis_bytes,
     counted,
     dense_is_affordable,
     dense_need,
@@ -32,7 +33,6 @@ from curvops.operators.routes.plan import (
     product,
     refuse_method,
     resolvable,
-    steps_within_memory,
 )
 
 if TYPE_CHECKING:
@@ -113,12 +113,15 @@ def _lanczos(
     bound: float | None,
     columns: int,
 ) -> Plan:
+    def memory() -> int | None:
+        return basis_bytes(A) if method.steps is None else None
+
     def need() -> Need:
         steps = min(method.steps or FIRST_STEPS, A.shape[0])
-        return lanczos_need(A, min(columns, slab(A.shape[0], A.dtype)), steps, grows=method.steps is None)
+        together = min(columns, slab(A.shape[0], A.dtype, memory()))
+        return lanczos_need(A, together, steps, grows=method.steps is None)
 
     def run(V: Tensor) -> tuple[Tensor, Report]:
-        most = method.steps or steps_within_memory(A, min(V.shape[1], slab(A.shape[0], A.dtype)))
         if torch.is_grad_enabled() and A._requires_grad():
             raise UnsupportedError(
                 f"f(A) v by Lanczos has no gradient with respect to the damping or factors of {A!r}; use Eigh(), or "
@@ -128,7 +131,9 @@ def _lanczos(
 
         def apply(W: Tensor) -> Tensor:
             rtol = methods.SOLVE_RTOL[A.dtype] if method.rtol is None else method.rtol
-            X, report = driver(product(A), W.detach(), rtol=rtol, max_steps=most, lower_bound=bound)
+            X, report = driver(
+                product(A), W.detach(), rtol=rtol, max_steps=method.steps, lower_bound=bound, memory=memory()
+            )
             # Exactly the asked number of steps, without a target, is an answer as asked.
             if method.steps is not None and method.rtol is None:
                 report = replace(report, converged=True)

@@ -113,10 +113,15 @@ def sketch_need(operator: LinearOperator, probes: int | None) -> Need:
     return operator._product_need(count).beside(vectors(operator, 7 * count), grows=probes is None)
 
 
+def basis_bytes(operator: LinearOperator) -> int:
+    """Half of the budget: what Lanczos bases kept side by side may take."""
+    budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
+    return max(budget, NEGLIGIBLE) // 2
+
+
 def steps_within_memory(operator: LinearOperator, probes: int) -> int:
     """Lanczos steps that `probes` bases kept side by side may take in half of the budget; twenty at least."""
-    budget = default_budget(operator.device) if operator.memory_budget is None else operator.memory_budget
-    return max(20, min(1000, max(budget, NEGLIGIBLE) // 2 // max(1, int(vectors(operator, probes)))))
+    return max(20, min(1000, basis_bytes(operator) // max(1, int(vectors(operator, probes)))))
 
 
 def probes_within_memory(operator: LinearOperator) -> int:
