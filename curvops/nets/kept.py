@@ -153,17 +153,24 @@ def _vectorised(
 
 
 def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-    rows = [
-        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
-        for k in range(cotangents[0].shape[0])
-    ]
-    if len(rows) == 1:
-        return [None if g is None else g.unsqueeze(0) for g in rows[0]]
-    stacked: list[Tensor | None] = []
-    for column in zip(*rows, strict=True):
-        like = next((g for g in column if g is not None), None)
-        if like is None:
-            stacked.append(None)
-        else:
-            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in column]))
-    return stacked
+    columns = cotangents[0].shape[0]
+
+    def column(k: int) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
+
+    if columns == 1:
+        return [None if g is None else g.unsqueeze(0) for g in column(0)]
+    whole: list[Tensor | None] = [None] * len(inputs)
+
+    def put(k: int, found: Sequence[Tensor | None]) -> None:
+        for i, g in enumerate(found):
+            if g is None:
+                continue
+            place = whole[i]
+            if place is None:
+                place = whole[i] = g.new_zeros(columns, *g.shape)
+            place[k] = g
+
+    for k in range(columns):
+        put(k, column(k))  # of one column at a time, the results are held beside the whole
+    return whole
