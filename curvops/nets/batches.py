@@ -135,13 +135,25 @@ def named_tensors(x: Inputs, y: Tensor) -> list[tuple[str, Tensor]]:
     return [(f"x[{key!r}]", value) for key, value in x.items() if isinstance(value, Tensor)] + [("y", y)]
 
 
-def move(x: Inputs, y: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[Inputs, Tensor]:
-    """The batch on `device`, its floating tensors as `dtype`; what is so already is passed on, not copied."""
+def move(
+    x: Inputs,
+    y: Tensor,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    fresh: bool = False,
+) -> tuple[Inputs, Tensor]:
+    """The batch on `device`, its floating tensors as `dtype`; what is so already is passed on, not copied.
+
+    With `fresh`, nobody will write to these tensors: copies from pinned memory are queued and not waited for, so that
+    the host goes on to the next batch while the accelerator works on this one.
+    """
+    overlap = fresh and device is not None and torch.device(device).type == "cuda"
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        queued = overlap and value.device.type == "cpu" and value.is_pinned()
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=queued)
 
     y = one(y.detach() if y.requires_grad else y)
     if y.is_inference():  # autograd may not save such a tensor; a copy made outside inference mode it may

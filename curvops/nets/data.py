@@ -55,6 +55,8 @@ class DataSource:
         self._single = is_pair(data) or isinstance(data, Mapping)
         self._batches: Iterable[Any] = [data] if self._single else _reiterable(data)
         self._in_memory = self._single or type(data) in (list, tuple)
+        # A loader makes its batches anew; another iterable may fill one buffer again and again.
+        self._fresh = isinstance(data, DataLoader)
         self._announced = num_data
         self._known = self._counted() if self._in_memory else num_data if num_data is not None else _announced(data)
         if self._in_memory and num_data is not None and num_data != self._known:
@@ -128,7 +130,7 @@ class DataSource:
                 if y.shape[0]:
                     if not self._complete:
                         check_values(x, y, self._name(index), self._keys[0])
-                    yield Batch(index, position, *move(x, y, device, dtype))
+                    yield Batch(index, position, *move(x, y, device, dtype, self._fresh))
                 index, position = index + 1, position + y.shape[0]
                 bar.update()
         self._finish(index, position)

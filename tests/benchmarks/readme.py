@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def text(measured: dict[str, Any]) -> str:
         "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept."
     )
     lines = [
-        how,
+        textwrap.fill(how, 120, break_long_words=False, break_on_hyphens=False),
         "",
         "| | " + " | ".join(COLUMNS.values()) + " |",
         "|---|" + "---:|" * len(COLUMNS),
@@ -45,7 +46,7 @@ def text(measured: dict[str, Any]) -> str:
     seconds = (f"{1e3 * products[name]['rows']['gradient']['cpu_seconds']:.1f} ms" for name in COLUMNS)
     lines.append("| one gradient | " + " | ".join(seconds) + " |")
     if "dense" in measured:
-        lines += ["", _dense(measured["dense"]["results"])]
+        lines += ["", textwrap.fill(_dense(measured["dense"]["results"]), 120, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

@@ -164,6 +164,23 @@ def test_moving_copies_only_what_must(device: torch.device) -> None:
     assert torch.equal(cast.x["scale"].cpu(), X.double())
 
 
+def test_pinned_batches_of_a_loader_are_queued_and_others_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader's batches are nobody else's; another iterable may refill its buffer while a copy is under way."""
+    queued: list[bool] = []
+
+    def to(tensor: Tensor, *, non_blocking: bool = False, **_: Any) -> Tensor:
+        queued.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
+    monkeypatch.setattr(Tensor, "to", to)
+    for data, expected in ((DataLoader(DATASET, batch_size=5), True), (Counting([(X, Y), (X, Y)]), False)):
+        for device, possible in (("cuda", True), ("cpu", False)):
+            queued.clear()
+            assert len(list(DataSource(data).batches(device=device))) == 2
+            assert queued == [expected and possible] * 4
+
+
 def test_targets_are_fit_for_autograd() -> None:
     with torch.inference_mode():
         source = DataSource((X, torch.ones(10, 1)))
