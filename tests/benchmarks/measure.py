@@ -92,6 +92,11 @@ def peak_above(work: Work) -> int:
     return max(0, _status("VmHWM") - before)
 
 
+def resident() -> int:
+    """Bytes of this process in memory now (Linux)."""
+    return _status("VmRSS")
+
+
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
