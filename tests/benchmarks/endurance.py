@@ -1,7 +1,7 @@
-"""Five hundred GGN products in a row: drift of their time, growth of memory, and whether the graph goes with the operator.
+"""Five hundred GGN products in a row: drift of their time, growth of memory, whether the graph goes with the operator.
 
-`python -m tests.benchmarks.endurance [CASE …]` prints the median CPU time of the first and the last fifty warm products,
-and the resident size after the fiftieth and the last.
+`python -m tests.benchmarks.endurance [CASE …]` prints the median CPU time of the first and the last fifty warm
+products, and by how much the resident size grows after the fiftieth.
 """
 
 from __future__ import annotations
