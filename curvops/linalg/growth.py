@@ -99,7 +99,9 @@ class Limits:
 
 
 class Run:
-    """Lanczos runs of probes 0, 1, …; a basis is kept only while its run may still be extended.
+    """Lanczos runs of probes 0, 1, …; a basis is kept only while its run may still be extended and memory allows it.
+
+    A run whose basis had to go starts again from its probe when it must go deeper: the same numbers, more products.
 
     Args:
         matmat: `(P, K) → (P, K)`, symmetric.
@@ -109,6 +111,7 @@ class Run:
         seed: Seed of the probes.
         dtype: Type in which the matrix multiplies.
         device: Device on which the matrix multiplies.
+        memory: Bytes that bases may take side by side, but for the one at work if it alone takes more; None: no limit.
         progress: Show progress bars.
     """
 
@@ -122,10 +125,12 @@ class Run:
         seed: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        memory: int | None = None,
         progress: bool,
     ) -> None:
         self.matmat, self.size, self.f, self.lower_bound = matmat, size, f, lower_bound
         self.seed, self.dtype, self.device, self.progress = seed, dtype, device, progress
+        self.memory = math.inf if memory is None else memory
         self.groups: list[Tridiagonal] = []
         self.rules: list[Rules] = []
         self.matvecs = self.probes = self.steps = 0
@@ -147,9 +152,13 @@ class Run:
         """Run `count` further probes; slabs of them share their products, as many as a moderate basis allows."""
         self.steps = max(self.steps, min(steps, self.size))
         width = together(self.size, self.steps, self.dtype)
+        if keep:  # as many as could go all the way down
+            deepest = self._bytes(1, min(self.size, Limits.max_steps))
+            width = int(min(width, max(FIRST_PROBES, self.memory // deepest)))
         end = self.probes + count
         while self.probes < end:
             number = min(width, end - self.probes)
+            self._make_room(len(self.groups), number)
             self.groups.append(self._fresh(self.probes, number, keep))
             self.rules.append(quadrature.rules(self.groups[-1], self.lower_bound))
             self.probes += number
@@ -163,8 +172,10 @@ class Run:
     def deepen(self, steps: int) -> None:
         """Bring every run to `steps`; runs whose basis is gone start again (same probes)."""
         self.steps, start = min(steps, self.size), 0
-        for i, tri in enumerate(self.groups):
+        for i in range(len(self.groups)):
+            tri = self.groups[i]
             count = len(tri.norms)
+            self._make_room(i, count)
             if tri.current is not None:
                 self.groups[i] = extend(self.matmat, tri, max(1, self.steps - tri.steps), progress=self.progress)
                 self.matvecs += self.groups[i].matvecs - tri.matvecs
@@ -172,6 +183,24 @@ class Run:
                 self.groups[i] = self._fresh(start, count, True)
             self.rules[i] = quadrature.rules(self.groups[i], self.lower_bound)
             start += count
+
+    def _bytes(self, count: int, steps: int) -> int:
+        return self.size * count * steps * self.dtype.itemsize
+
+    def _make_room(self, index: int, count: int) -> None:
+        """Let other groups' bases go until `count` probes of group `index` have room at the present depth.
+
+        Those that have been at work go first, the latest before the earlier: they are needed again only if all go
+        deeper still, and then the earlier ones come first.
+        """
+        held = {i: self._bytes(len(t.norms), t.steps) for i, t in enumerate(self.groups) if t.current is not None}
+        held[index] = self._bytes(count, self.steps)
+        for other in (*range(index - 1, -1, -1), *range(len(self.groups) - 1, index, -1)):
+            if sum(held.values()) <= self.memory:
+                return
+            if other in held:
+                del held[other]
+                self.groups[other] = self.groups[other].without_basis()
 
     def drop_bases(self) -> None:
         """Release the memory of the Lanczos vectors."""

@@ -16,7 +16,7 @@ from curvops.linalg.growth import FIRST_PROBES, Interval, Limits, Run, grow
 from curvops.linalg.probes import derive_seed, resolve_seed
 from curvops.linalg.quadrature import SpectralFunction
 from curvops.linalg.results import EstimateReport
-from curvops.linalg.split import choose_rank, split
+from curvops.linalg.split import SKETCH_VECTORS, choose_rank, split
 from curvops.typing import Matmat
 
 _PROBE_STREAM = 2
@@ -87,6 +87,7 @@ def slq_trace(
     device: torch.device | str = "cpu",
     max_probes: int = 2560,
     max_steps: int = 1000,
+    memory: int | None = None,
     progress: bool = False,
 ) -> tuple[float, EstimateReport]:
     """tr f(A) of a symmetric matrix, by Rademacher probes and Lanczos quadrature.
@@ -108,6 +109,8 @@ def slq_trace(
         device: Device on which the matrix multiplies.
         max_probes: Bound on growth.
         max_steps: Bound on growth.
+        memory: Bytes that Lanczos bases may take side by side, and a sketch; runs whose basis does not fit are repeated
+            when they must go deeper. None: no limit.
         progress: Show progress bars.
 
     Returns:
@@ -126,7 +129,9 @@ def slq_trace(
     known = f if isinstance(f, SpectralFunction) else SpectralFunction(getattr(f, "__name__", "f"), f)
     drawn, shown = (seed, seed) if generator is None else (resolve_seed(generator), None)
     stream = derive_seed(drawn, _PROBE_STREAM)
-    run = Run(matmat, size, known, lower_bound, seed=stream, dtype=dtype, device=device, progress=progress)
+    run = Run(
+        matmat, size, known, lower_bound, seed=stream, dtype=dtype, device=device, memory=memory, progress=progress
+    )
     with torch.no_grad():
         found, limit = grow(run, goal, limits)
     return _report(f"SLQ of {known.name}", found, limit, run, run.matvecs, shown, began)
@@ -147,6 +152,7 @@ def slq_logdet(
     device: torch.device | str = "cpu",
     max_probes: int = 2560,
     max_steps: int = 1000,
+    memory: int | None = None,
     reduce_variance: bool = True,
     progress: bool = False,
 ) -> tuple[float, EstimateReport]:
@@ -169,6 +175,8 @@ def slq_logdet(
         device: Device on which the matrix multiplies.
         max_probes: Bound on growth.
         max_steps: Bound on growth.
+        memory: Bytes that Lanczos bases may take side by side, and a sketch; runs whose basis does not fit are repeated
+            when they must go deeper. None: no limit.
         reduce_variance: Allow the split.
         progress: Show progress bars.
 
@@ -192,17 +200,18 @@ def slq_logdet(
         )
     drawn, shown = (seed, seed) if generator is None else (resolve_seed(generator), None)
     stream = derive_seed(drawn, _PROBE_STREAM)
+    largest = size if memory is None else memory // (SKETCH_VECTORS * size * dtype.itemsize)
     rank = None if reduce_variance and probes is None and steps is None else 0
 
     def runs(product: Matmat, floor: float) -> Run:
         f = quadrature.log()
-        return Run(product, size, f, floor, seed=stream, dtype=dtype, device=device, progress=progress)
+        return Run(product, size, f, floor, seed=stream, dtype=dtype, device=device, memory=memory, progress=progress)
 
     def better_road(run: Run, target: float) -> bool:
         nonlocal rank
         _refuse_lost_floor(run, lower_bound)
         if rank is None:
-            rank = choose_rank(run.rules[0], size, lower_bound, target, FIRST_PROBES)
+            rank = choose_rank(run.rules[0], size, lower_bound, target, FIRST_PROBES, max_rank=largest)
             # The sketch's own rounding must stay far inside the bound 1 of the remainder.
             rank = rank if 100 * run.rounding < 0.5 * lower_bound else 0
         return rank > 0

@@ -19,6 +19,8 @@ from curvops.linalg.probes import derive_seed, gaussian
 from curvops.linalg.quadrature import Rules
 from curvops.typing import Matmat
 
+SKETCH_VECTORS = 8
+"""Vectors of length P for each of the ranks, at the peak of `split`."""
 _SKETCH_STREAM = 1
 
 
@@ -111,7 +113,7 @@ def _depth(gaps: Tensor, floor: float, accuracy: float) -> float:
     return float((number + rest).min()) + 2
 
 
-def choose_rank(r: Rules, size: int, floor: float, target: float, probes: int) -> int:
+def choose_rank(r: Rules, size: int, floor: float, target: float, probes: int, max_rank: int | None = None) -> int:
     """Rank whose predicted cost (sketch + probes x steps) is least, given a pilot's quadrature; 0 for no split.
 
     A heuristic: a wrong guess costs products, never the certificate.
@@ -122,6 +124,7 @@ def choose_rank(r: Rules, size: int, floor: float, target: float, probes: int) -
         floor: Lower bound a of the spectrum.
         target: Half-width wanted, nats.
         probes: Smallest number of probes.
+        max_rank: What memory allows; None for no limit.
     """
     gaps = (_spectrum(r, size) - floor).clamp(min=0)
 
@@ -131,8 +134,8 @@ def choose_rank(r: Rules, size: int, floor: float, target: float, probes: int) -
         return max(probes, variance * (2.1 / (0.75 * target)) ** 2) * min(steps, size)
 
     best, rank = 0.8 * cost(gaps / floor, _depth(gaps, floor, 0.2 * target)), 0
-    candidate = 8
-    while candidate <= min(size // 3, 1024):
+    candidate, largest = 8, min(size // 3, 1024 if max_rank is None else min(1024, max_rank))
+    while candidate <= largest:
         error = float(gaps[candidate] + gaps[candidate:].sum() / candidate)
         left = gaps.clone()
         left[:candidate] = gaps[:candidate].clamp(max=error) * floor / (gaps[:candidate] + floor)

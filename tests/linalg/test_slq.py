@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvops.errors import DataError, NotPositiveDefiniteError, ShapeError
 from curvops.linalg import quadrature
-from curvops.linalg.growth import interval, sample_variance, student
+from curvops.linalg.growth import Interval, Limits, Run, grow, interval, sample_variance, student
 from curvops.linalg.slq import slq_logdet, slq_trace
-from curvops.linalg.split import split
+from curvops.linalg.split import SKETCH_VECTORS, split
 
 P = 200
 
@@ -202,3 +202,39 @@ def test_variance_of_a_dominant_direction_is_not_lost() -> None:
     # A diagonal matrix is seen without noise, and stays so.
     zero = torch.zeros((), dtype=torch.float64)
     assert sample_variance(zero, torch.tensor(6.0), torch.tensor(14.0), 10, 3) == 0
+
+
+def test_bases_stay_within_the_memory_given() -> None:
+    """Runs whose basis had to go are repeated: the same interval, more products."""
+    size, memory = 400, 2_500_000
+    M = matrix(torch.logspace(-3, 2, size, dtype=torch.float64))
+
+    def grown(limit: int | None) -> tuple[Interval, int, int]:
+        held = 0
+
+        def matmat(V: Tensor) -> Tensor:
+            nonlocal held
+            held = max(held, sum(block.nbytes for group in run.groups for block in group.blocks))
+            return M @ V
+
+        run = Run(
+            matmat, size, quadrature.log(), 1e-3, seed=0, dtype=M.dtype, device="cpu", memory=limit, progress=False
+        )  # fmt: skip
+        found, _ = grow(run, lambda value: 40.0, Limits())
+        return found, run.matvecs, held
+
+    free, bounded = grown(None), grown(memory)
+    assert bounded[2] <= memory < free[2]
+    assert bounded[1] > free[1]
+    for given, unlimited in zip(bounded[0], free[0], strict=True):
+        assert given == pytest.approx(unlimited, rel=1e-8)
+
+
+def test_memory_bounds_the_rank_of_a_split() -> None:
+    """Where the sketch does not fit, plain quadrature answers, within its half-width."""
+    values = torch.full((P,), 1e-3, dtype=torch.float64)
+    values[:12] = torch.logspace(0, 5, 12, dtype=torch.float64)
+    M = matrix(values)
+    value, report = slq_logdet(lambda V: M @ V, P, lower_bound=1e-3, memory=SKETCH_VECTORS * P * 8 * 7, max_probes=80)
+    assert report.algorithm == "SLQ"
+    assert abs(value - exact_logdet(M)) <= report.half_width

@@ -30,6 +30,7 @@ from curvops.operators.routes.plan import (
     EIGH,
     FIRST_PROBES,
     Plan,
+    basis_bytes,
     chosen_at_run,
     counted,
     dense_is_affordable,
@@ -174,7 +175,7 @@ def _slq(A: LinearOperator, method: methods.SLQ, reason: str, established: float
         value, report = slq_logdet(
             product(operator), operator.shape[0], lower_bound=bound, probes=method.probes, steps=method.steps,
             seed=seed, dtype=operator.dtype, device=operator.device, rtol=method.rtol, atol=method.atol,
-            max_steps=max(method.steps or 0, steps_within_memory(operator, FIRST_PROBES)),
+            max_steps=max(method.steps or 0, steps_within_memory(operator, FIRST_PROBES)), memory=basis_bytes(operator),
         )  # fmt: skip
         report = replace(report, reason=f"{reason}{note}; {report.reason}", seed=None if method.generator else seed)
         estimate = torch.as_tensor(value, dtype=torch.float64, device=operator.device)
