@@ -7,6 +7,7 @@ registered under several names (tied weights) counts once, under its first name.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,12 +45,14 @@ class ParameterSelection:
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
         model = unwrap(model)
+        trainable: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             if nn.parameter.is_lazy(parameter):
                 raise UnsupportedError(
                     f"parameter {name!r} of a lazy module has no shape yet; run one forward to initialise it first"
                 )
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            if parameter.requires_grad:
+                trainable[name] = parameter
         self.indices: Tensor | None = None
         if params is None or isinstance(params, Tensor):
             chosen = trainable
@@ -65,8 +68,8 @@ class ParameterSelection:
         self.tensors: tuple[nn.Parameter, ...] = tuple(chosen.values())
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in self.tensors)
         self.sizes: tuple[int, ...] = tuple(p.numel() for p in self.tensors)
-        self.offsets: tuple[int, ...] = tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
-        self.full_size: int = sum(self.sizes)
+        *offsets, self.full_size = itertools.accumulate(self.sizes, initial=0)
+        self.offsets: tuple[int, ...] = tuple(offsets)
         self._check_kind()
         self.check_finite()
         if isinstance(params, Tensor):

@@ -41,9 +41,10 @@ class Expected(NamedTuple):
 def expected(model: nn.Module, selection: ParameterSelection, units: list[Unit], fallback: Fallback) -> list[Expected]:
     """The blocks that KFAC will probably have, one per unit."""
     guesses = []
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     for unit in units:
         i = unit.positions[0]
-        owner = unwrap(model).get_submodule(selection.names[i].rpartition(".")[0])
+        owner = modules[selection.names[i].rpartition(".")[0]]
         shape = selection.shapes[i]
         if unit.is_joint:
             shape = torch.Size((shape[0], shape[1:].numel() + 1))
