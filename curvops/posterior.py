@@ -20,8 +20,8 @@ from curvops.curvature.matrixfree.crossgram import functional_covariance
 from curvops.curvature.matrixfree.jacobian import Jacobian
 from curvops.errors import NumericalWarning, ShapeError
 from curvops.linalg.results import Report, SolveReport
-from curvops.operators.arithmetic import Sum
 from curvops.operators.base import LinearOperator, Scalar, verb
+from curvops.operators.composites import Sum
 from curvops.operators.diagonal import damping, diagonal_of
 from curvops.operators.functionspace import FunctionSpaceForm, function_space
 from curvops.operators.lowrank import LowRank

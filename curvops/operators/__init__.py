@@ -1,9 +1,9 @@
 """The algebra: lazy linear operators that know their structure."""
 
-from curvops.operators.arithmetic import Product, Scaled, Sum, Transpose
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.closure import Closure
+from curvops.operators.composites import Product, Scaled, Sum, Transpose
 from curvops.operators.deferred import Deferred
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity, Zero

@@ -184,7 +184,7 @@ def function_space(operator: LinearOperator, *, must: bool = True) -> FunctionSp
     Raises:
         UnsupportedError: The operator is not such a sum and `must` is set.
     """
-    from curvops.operators.arithmetic import Sum
+    from curvops.operators.composites import Sum
 
     if isinstance(operator, Sum) and len(operator.terms) == 2:
         for curvature, damping in (operator.terms, operator.terms[::-1]):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvops.operators.arithmetic import Scaled, scale
 from curvops.operators.autograd import linear_map
 from curvops.operators.base import LinearOperator, number
+from curvops.operators.composites import Scaled
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity
 from curvops.operators.formula import Formula
@@ -24,7 +24,7 @@ def invert(operator: LinearOperator) -> LinearOperator:
     if isinstance(operator, Inverse):
         return operator.operator
     if isinstance(operator, Scaled):
-        return scale(1.0 / operator.factor, invert(operator.operator))
+        return invert(operator.operator) * (1.0 / operator.factor)
     if isinstance(operator, Identity) and number(operator.scale) != 0:
         return Identity(operator.shape[0], operator.dtype, operator.device, 1.0 / operator.scale)
     if isinstance(operator, Diagonal) and bool((operator.d.detach() != 0).all()):

@@ -196,7 +196,7 @@ class Structure:
         return None
 
     def _transpose(self) -> LinearOperator:
-        from curvops.operators.arithmetic import Transpose
+        from curvops.operators.composites import Transpose
 
         return Transpose(cast("LinearOperator", self))
 

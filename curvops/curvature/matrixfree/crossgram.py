@@ -16,8 +16,8 @@ from torch import Tensor
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.jacobian import Jacobian
 from curvops.curvature.matrixfree.layerdense import Side, own_blocks, sides_from_layers, tile
-from curvops.operators.arithmetic import Scaled
 from curvops.operators.base import LinearOperator
+from curvops.operators.composites import Scaled
 from curvops.operators.functionspace import FunctionSpaceForm
 
 

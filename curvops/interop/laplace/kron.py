@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from curvops.errors import DataError, UnsupportedError
 from curvops.interop.laplace import library
 from curvops.memory import require
-from curvops.operators.arithmetic import Scaled, Sum
 from curvops.operators.base import Layout, LinearOperator, Scalar, number
 from curvops.operators.blockdiagonal import BlockDiagonal
+from curvops.operators.composites import Scaled, Sum
 from curvops.operators.deferred import Deferred
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity, Zero, diagonal_of

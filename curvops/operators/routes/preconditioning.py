@@ -23,7 +23,7 @@ from curvops.linalg.refine import refined_solve
 from curvops.linalg.results import SolveReport
 from curvops.memory import default_budget
 from curvops.operators import methods
-from curvops.operators.arithmetic import Sum
+from curvops.operators.composites import Sum
 from curvops.operators.diagonal import diagonal_of
 from curvops.operators.routes.plan import counted, dense_is_affordable, product
 

@@ -192,6 +192,6 @@ def _perturbation(A: LinearOperator, noise: Noise) -> tuple[Tensor, Tensor]:
 
 
 def _terms(A: LinearOperator) -> tuple[LinearOperator, ...]:
-    from curvops.operators.arithmetic import Sum
+    from curvops.operators.composites import Sum
 
     return A.terms if isinstance(A, Sum) else (A,)
