@@ -24,6 +24,14 @@ ROWS = {
     "GGN, build and first product": "GGN, built and multiplied once",
 }
 
+STRUCTURED = {
+    "diagonal, exact": ("exact diagonal of the GGN", "diagonal"),
+    "KFAC, exact": ("KFAC, exact Fisher", "KFAC exact"),
+    "KFAC, mc": ("KFAC, one sample", "KFAC mc"),
+}
+"""Row of curvops → its title, and what the peers' rows are called."""
+PEERS = ("BackPACK", "ASDL", "curvlinops")
+
 
 def text(measured: dict[str, Any]) -> str:
     """Sentence and tables."""
@@ -45,6 +53,8 @@ def text(measured: dict[str, Any]) -> str:
         lines.append(f"| {title} | " + " | ".join(entries) + " |")
     seconds = (f"{1e3 * products[name]['rows']['gradient']['cpu_seconds']:.1f} ms" for name in COLUMNS)
     lines.append("| one gradient | " + " | ".join(seconds) + " |")
+    if "structured" in measured:
+        lines += ["", *_structured(measured["structured"]["results"])]
     if "dense" in measured:
         lines += ["", textwrap.fill(_dense(measured["dense"]["results"]), 120, break_on_hyphens=False)]
     return "\n".join(lines)
@@ -66,6 +76,28 @@ def _entry(rows: dict[str, Any], key: str) -> str:
 
 def _threads(machine: dict[str, Any]) -> str:
     return "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+
+
+def _structured(results: dict[str, Any]) -> list[str]:
+    """Structured curvatures of the first two networks, built and computed once; a peer's "-" is what it has not."""
+    names = [name for name in COLUMNS if name in results]
+    lines = [
+        textwrap.fill(
+            "Structured curvatures from building to the last number, in gradients and in megabytes above the model and "
+            "the batch:",
+            120,
+        ),
+        "",
+        "| | curvops | " + " | ".join(PEERS) + " |",
+        "|---|---:|" + "---:|" * len(PEERS),
+    ]
+    for name in names:
+        rows, network = results[name]["rows"], COLUMNS[name].split(",")[0]
+        for key, (title, theirs) in STRUCTURED.items():
+            cells = [rows.get(key), *(rows.get(f"{peer}: {theirs}") for peer in PEERS)]
+            entries = ["-" if row is None else f"{row['cpu']:.2f} ({row['megabytes']:.0f} MB)" for row in cells]
+            lines.append(f"| {network}: {title} | " + " | ".join(entries) + " |")
+    return lines
 
 
 def _dense(result: dict[str, Any]) -> str:
