@@ -107,16 +107,17 @@ def graph_users(f: Tensor) -> Users:
 def find_sites(users: Users, tensors: Sequence[Tensor]) -> list[list[Site]]:
     """The sites of each tensor, in the graph's own order; none for a tensor that the output does not depend on."""
     leaves = {id(n.variable): n for n in users if hasattr(n, "variable")}
-
-    def below(i: int, node: Node, moved: tuple[str, ...]) -> Iterator[Site]:
-        for user, slot, number in users[node]:
-            if user.name() in MOVING:
-                yield from below(i, user, (*moved, user.name()))
-            else:
-                yield Site(i, user, slot, GradientEdge(node, number), moved)
-
     nodes = [leaves.get(id(tensor)) for tensor in tensors]
-    return [[] if node is None else list(below(i, node, ())) for i, node in enumerate(nodes)]
+    return [[] if node is None else list(_below(users, i, node, ())) for i, node in enumerate(nodes)]
+
+
+def _below(users: Users, i: int, node: Node, moved: tuple[str, ...]) -> Iterator[Site]:
+    # No closure: one that calls itself is a cycle, and would keep the graph until Python's collector comes round.
+    for user, slot, number in users[node]:
+        if user.name() in MOVING:
+            yield from _below(users, i, user, (*moved, user.name()))
+        else:
+            yield Site(i, user, slot, GradientEdge(node, number), moved)
 
 
 def placement(site: Site, tensor: Tensor) -> Placement | None:

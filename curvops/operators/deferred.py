@@ -19,7 +19,8 @@ class Deferred(LinearOperator):
     """A leaf of known kind and shape, built by `build()` at the first verb that needs its content.
 
     Args:
-        build: Makes the operator; called once (again after `release()`).
+        build: Makes the operator; called once (again after `release()`). None for a subclass that overrides `_built`:
+            a method of its own, kept in itself, would hold all that it holds until Python's collector comes round.
         kind: Class that `build` returns; answers which closed forms there are before anything is computed.
         shape, dtype, device: As of the result.
         label: What `repr` prints in the class's brackets, e.g. `16×64`; the shape by default.
@@ -30,7 +31,7 @@ class Deferred(LinearOperator):
 
     def __init__(
         self,
-        build: Callable[[], LinearOperator],
+        build: Callable[[], LinearOperator] | None,
         kind: type[LinearOperator],
         shape: tuple[int, int],
         dtype: torch.dtype,
@@ -59,7 +60,7 @@ class Deferred(LinearOperator):
             if self._content is None:
                 # Kept for calls in every mode, so not made of inference tensors; gradients never reach a network.
                 with torch.inference_mode(False), torch.no_grad():
-                    content = self.build()
+                    content = self._built()
                 if content.shape != self.shape or content.dtype != self.dtype:
                     raise ShapeError(
                         f"{self!r} was built as {content!r} of shape {content.shape}, {content.dtype}; "
@@ -67,6 +68,11 @@ class Deferred(LinearOperator):
                     )
                 self._content = content
         return self._content
+
+    def _built(self) -> LinearOperator:
+        """Make the content."""
+        assert self.build is not None
+        return self.build()
 
     @property
     def is_symmetric(self) -> bool:

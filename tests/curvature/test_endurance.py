@@ -58,3 +58,23 @@ def test_the_graph_goes_with_the_operator(kind, how):
         assert [graph() for graph in graphs] == [None] * len(graphs)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", [co.KFAC, co.EKFAC, co.DiagonalGGN], ids=lambda kind: kind.__name__)
+def test_a_structured_curvature_leaves_nothing_to_the_collector(kind):
+    operator(kind).trace()  # what is kept for good is kept now
+    gc.collect()
+    gc.disable()
+    try:
+        A = operator(kind)
+        A.trace()
+        gone = weakref.ref(A)
+        del A
+        assert gone() is None
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [thing for thing in gc.garbage if isinstance(thing, torch.Tensor | torch.autograd.graph.Node)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

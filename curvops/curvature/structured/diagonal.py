@@ -31,14 +31,11 @@ class _DataDiagonal(Deferred):
     def __init__(self, objective: Objective, watch: LinearOperator, *, is_psd: bool) -> None:
         P = objective.selection.size
         super().__init__(
-            self._built, Diagonal, (P, P), objective.selection.dtype, objective.selection.device,
+            None, Diagonal, (P, P), objective.selection.dtype, objective.selection.device,
             label=size_text([P]), watch=watch, is_symmetric=True, is_psd=is_psd, layout=objective.layout,
             memory_budget=objective.memory_budget,
         )  # fmt: skip
         self.objective = objective
-
-    def _built(self) -> LinearOperator:
-        raise NotImplementedError
 
 
 class _GaussNewtonDiagonal(_DataDiagonal):

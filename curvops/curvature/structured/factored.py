@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,15 +146,10 @@ class Factored(BlockDiagonal):
         layout: Layout | None,
     ) -> None:
         self.source, self._units, self._guesses, self._selection = source, units, guesses, selection
-        blocks: list[Deferred] = []
-        for number, (unit, guess) in enumerate(zip(units, guesses, strict=True)):
-
-            def build(number: int = number) -> LinearOperator:
-                operators = source.operators(number)
-                blocks[number].note = source.note(number)
-                return operators[0] if len(operators) == 1 else BlockDiagonal(*operators)
-
-            blocks.append(_deferred(build, unit, guess, selection, watch))
+        blocks = [
+            _Block(source, number, unit, guess, selection, watch)
+            for number, (unit, guess) in enumerate(zip(units, guesses, strict=True))
+        ]
         BlockDiagonal.__init__(self, *blocks, layout=layout)
 
     def release(self) -> None:
@@ -250,21 +244,31 @@ class Sums:
             )
 
 
-def _deferred(
-    build: Callable[[], LinearOperator],
-    unit: Unit,
-    guess: Expected,
-    selection: ParameterSelection,
-    watch: LinearOperator | None,
-) -> Deferred:
+class _Block(Deferred):
     """The block of one unit, computed at first need."""
-    layout, start = {}, 0
-    for i, p in zip(unit.positions, unit.sizes, strict=True):
-        layout[selection.names[i]], start = slice(start, start + p), start + p
-    return Deferred(
-        build, guess.kind, (unit.size, unit.size), selection.dtype, selection.device, label=guess.label, watch=watch,
-        is_symmetric=True, is_psd=True, layout=layout,
-    )  # fmt: skip
+
+    def __init__(
+        self,
+        source: Source,
+        number: int,
+        unit: Unit,
+        guess: Expected,
+        selection: ParameterSelection,
+        watch: LinearOperator | None,
+    ) -> None:
+        layout, start = {}, 0
+        for i, p in zip(unit.positions, unit.sizes, strict=True):
+            layout[selection.names[i]], start = slice(start, start + p), start + p
+        super().__init__(
+            None, guess.kind, (unit.size, unit.size), selection.dtype, selection.device, label=guess.label, watch=watch,
+            is_symmetric=True, is_psd=True, layout=layout,
+        )  # fmt: skip
+        self._source, self._number = source, number
+
+    def _built(self) -> LinearOperator:
+        operators = self._source.operators(self._number)
+        self.note = self._source.note(self._number)
+        return operators[0] if len(operators) == 1 else BlockDiagonal(*operators)
 
 
 def refuse_indices(who: str, selection: ParameterSelection) -> None:
