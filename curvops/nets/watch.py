@@ -8,6 +8,7 @@ one, at a verb's start and end, reads the values once, since writes through `.da
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,61 +144,96 @@ class Content:
     Small tensors are copied. Of large ones, the bit patterns, read as integers, are summed exactly (modulo 2^bits) over
     all entries with the same position modulo 1024 and modulo 1021: any single change shows, and so does a permutation.
 
-    Cost: one read of every tensor, to build and to compare, in a few calls for all small ones together.
+    Cost: one read of every tensor, to build and to compare; two calls for each large one and two for all together.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
+        self._lock = threading.Lock()
         self._views = [_Bits(t) for t in tensors]
-        self._kept = self._digests(copy=True)
+        self._sizes = [bits.size for bits in self._views]
+        self._arrange()
+        with torch.no_grad():
+            self._kept = [digest.read().clone() for digest in self._digests]
 
     def changed(self) -> list[int]:
         """Positions of the tensors that no longer hold what they held."""
-        for i, (t, bits) in enumerate(zip(self._tensors, self._views, strict=True)):
-            if bits.key != _key(t):
-                self._views[i] = _Bits(t)
-        now = self._digests(copy=False)
-        if all(_same(a, b) for a, b in zip(self._kept, now, strict=True)):
-            return []
-        # Which one? Each has its stretch of what is compared in one go, and sums of its own.
-        differs = []
-        for i in range(len(self._tensors)):
-            pieces = [(kept, new) for kept, new in zip(self._kept, now, strict=True) if i in kept.ends]
-            if any(not _same_bits(kept.piece(i), new.piece(i)) for kept, new in pieces):
-                differs.append(i)
-        return differs
+        with self._lock, torch.no_grad():
+            moved = [i for i, t in enumerate(self._tensors) if self._views[i].key != _key(t)]
+            if moved:
+                for i in moved:
+                    self._views[i] = _Bits(self._tensors[i])
+                others = [i for i in moved if self._views[i].size != self._sizes[i]]
+                if others:
+                    return others
+                self._arrange()
+            pairs = list(zip(self._kept, self._digests, strict=True))
+            if all([_same_bits(kept, digest.read()) for kept, digest in pairs]):
+                return []
+            return sorted({i for kept, digest in pairs for i in digest.differing(kept)})
 
-    def _digests(self, *, copy: bool) -> list[_Digest]:
-        """All that is kept in full, joined by kind; then the sums of the large ones."""
-        with torch.no_grad():
-            joined: dict[Any, list[tuple[int, Tensor]]] = {}
-            digests = []
-            for i, bits in enumerate(self._views):
-                for whole in bits.whole:
-                    joined.setdefault((whole.dtype, whole.device), []).append((i, whole))
-                digests += [_Digest(r.sum(0, dtype=bits.width), {i: None}) for r in bits.rows]
-            for pieces in joined.values():
-                ends: dict[int, Any] = {}
-                start = 0
-                for i, piece in pieces:
-                    first = ends.get(i, (start, 0))[0]
-                    start += piece.numel()
-                    ends[i] = (first, start)
-                tensors = [piece for _, piece in pieces]
-                joint = torch.cat(tensors) if len(tensors) > 1 or copy else tensors[0]
-                digests.append(_Digest(joint.clone() if copy and len(tensors) == 1 else joint, ends))
-            return digests
+    def _arrange(self) -> None:
+        """All pieces by type and device."""
+        digests: dict[Any, _Digest] = {}
+        for i, bits in enumerate(self._views):
+            for pieces, dtype, summed in ((bits.whole, bits.size.dtype, False), (bits.rows, bits.width, True)):
+                for piece in pieces:
+                    digest = digests.setdefault((dtype, piece.device), _Digest(dtype, piece.device))
+                    digest.add(i, piece, summed)
+        self._digests = list(digests.values())
+        for digest in self._digests:
+            digest.lay_out()
 
 
-class _Digest(NamedTuple):
-    """Integers, and which stretch of them is whose (None: all of them)."""
+class _Digest:
+    """Integers of one type on one device: pieces that are kept whole, then the column sums of others.
 
-    values: Tensor
-    ends: dict[int, Any]
+    They are written to the same memory at every reading.
+    """
 
-    def piece(self, i: int) -> Tensor:
-        ends = self.ends[i]
-        return self.values if ends is None else self.values[ends[0] : ends[1]]
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._whole: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        self._owners: tuple[list[int], list[int]] = [], []
+
+    def add(self, owner: int, piece: Tensor, summed: bool) -> None:
+        """Take in a piece of the tensor with the number `owner`."""
+        (self._rows if summed else self._whole).append(piece)
+        self._owners[summed].append(owner)
+
+    def lay_out(self) -> None:
+        """Make room, once all pieces are there."""
+        sizes = [piece.numel() for piece in self._whole]
+        first = sum(sizes)
+        sizes += [piece.shape[1] for piece in self._rows]
+        with torch.inference_mode(False):  # to be written to in any mode
+            self._values = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+            self._parts = self._values.split(sizes)
+            self._first = self._values[:first]
+        self._sums = list(zip(self._rows, self._parts[len(self._whole) :], strict=True))
+
+    def read(self) -> Tensor:
+        """What the tensors hold now."""
+        if self._whole:
+            torch.cat(self._whole, out=self._first)
+        for rows, part in self._sums:
+            torch.sum(rows, 0, dtype=self._dtype, out=part)
+        return self._values
+
+    def differing(self, kept: Tensor) -> set[int]:
+        """Numbers of the tensors whose integers were others than those kept at the last reading."""
+        before = kept.split([len(part) for part in self._parts])
+        owners = [*self._owners[False], *self._owners[True]]
+        return {i for i, a, b in zip(owners, before, self._parts, strict=True) if not _same_bits(a, b)}
+
+
+class _Size(NamedTuple):
+    """What has to be equal before bits can be."""
+
+    dtype: torch.dtype
+    count: int
+    device: torch.device
 
 
 class _Bits:
@@ -205,6 +241,7 @@ class _Bits:
 
     Attributes:
         key: Where and how it lies.
+        size: What it is as integers.
         whole: What is compared entry by entry, 1-dim: all of a small tensor, what exceeds the strides of a large one.
         rows: What is summed down its columns.
         width: The sums' integers. Wrap-around is exact and free of order, hence the same for any number of threads.
@@ -218,6 +255,7 @@ class _Bits:
         if t.is_complex():
             t = torch.view_as_real(t)
         bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
+        self.size = _Size(bits.dtype, bits.numel(), bits.device)
         self.width = bits.dtype if bits.element_size() >= 4 else torch.int64
         if bits.numel() <= _SMALL:
             self.whole, self.rows = [bits], []
@@ -257,10 +295,6 @@ def _entry(label: str, tensor: Tensor, owner: dict[str, Any] | None, key: str) -
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _same(a: _Digest, b: _Digest) -> bool:
-    return a.ends == b.ends and _same_bits(a.values, b.values)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -32,11 +32,21 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def verb(function: _F) -> _F:
     """Mark a public verb: networks inside the operator are checked for change when it starts and when it ends."""
 
+    return _guarded(function, twice=True)
+
+
+def product(function: _F) -> _F:
+    """Mark a verb of one pass: what multiplies with what it keeps runs no network, and is checked once, at the end."""
+    return _guarded(function, twice=False)
+
+
+def _guarded(function: _F, *, twice: bool) -> _F:
     @functools.wraps(function)
     def guarded(self: LinearOperator, *args: Any, **kwargs: Any) -> Any:
         watched = list(dict.fromkeys(self._watched()))  # the blocks of one curvature share a network
         for operator in watched:
-            operator._check_content()
+            if twice or not operator._keeps_all():
+                operator._check_content()
         answer = function(self, *args, **kwargs)
         for operator in watched:
             operator._check_content()
@@ -63,7 +73,7 @@ class LinearOperator(Structure):
     def __matmul__(self, other: Tensor) -> Tensor: ...
     @overload
     def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
-    @verb
+    @product
     def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         if isinstance(other, LinearOperator):
             from curvops.operators.arithmetic import multiply
@@ -79,7 +89,7 @@ class LinearOperator(Structure):
         """`A V` for V `(P, K)` or `(P,)`."""
         return self @ V
 
-    @verb
+    @product
     def rmatvec(self, v: Tensor) -> Tensor:
         """`Aᵀ v` for v of as many entries as A has rows, `(rows,)` or `(rows, K)`."""
         return self._multiply(v, self.shape[0], self._rapply)
@@ -93,7 +103,7 @@ class LinearOperator(Structure):
         """The transpose; a symmetric operator is its own."""
         return self if self.is_symmetric else self._transpose()
 
-    @verb
+    @product
     def quadratic_form(self, v: Tensor) -> Tensor:
         """`vᵀ A v`: 0-dim for `(P,)`, `(K,)` for `(P, K)`."""
         self._require_square("quadratic_form")

@@ -273,6 +273,10 @@ class Structure:
     def _check_content(self) -> None:
         """Compare the content that the operator was built on; only operators that hold a network do."""
 
+    def _keeps_all(self) -> bool:
+        """Whether a product runs no network, since all that it needs of it is kept."""
+        return False
+
     # ---------------------------------------------------------------- shared machinery
 
     def _kept(self, key: str, build: Callable[[], _T], *sources: Tensor) -> _T:

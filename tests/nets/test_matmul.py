@@ -7,7 +7,7 @@ import reference
 import torch
 
 from curvops.nets import matmul as module
-from curvops.nets.matmul import matmul
+from curvops.nets.matmul import matmul, with_product
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,3 +46,19 @@ def test_gradients_and_batches_pass(library):
     stacked = randn(3, 130, 90)
     result = torch.func.vmap(lambda c: matmul(a.detach(), c))(stacked)
     assert reference.relative_error(result, a.detach() @ stacked) < 1e-6
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("form", ["row", "expanded", "full", "transposed"])
+@pytest.mark.parametrize("shape", [(160, 130), (2, 80, 130)], ids=str)
+def test_with_a_sum(library, dtype, shape, form, in_place):
+    a, b = randn(*shape, dtype=dtype), randn(90, 130, dtype=dtype).t()
+    row = randn(90, dtype=dtype)
+    full = randn(90, *shape[:-1], dtype=dtype).movedim(0, -1)
+    sum_ = {"row": row, "expanded": row.expand(*shape[:-1], 90), "full": full.contiguous(), "transposed": full}[form]
+    expected = sum_.double() + a.double() @ b.double()
+    before = sum_.clone()
+    result = with_product(sum_, a, b, in_place=in_place and form == "full")
+    assert reference.relative_error(result.double(), expected) < (1e-14 if dtype == torch.float64 else 1e-6)
+    assert torch.equal(sum_, before) or in_place
+    assert torch.equal(with_product(before, a, b), result)

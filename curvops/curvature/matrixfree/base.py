@@ -241,6 +241,9 @@ class DataOperator(LinearOperator):
         self.objective.refresh()  # an answer from what is kept makes no pass that would look
         self.objective.watch.check_content()
 
+    def _keeps_all(self) -> bool:
+        return self._all_kept
+
     def _watched(self) -> Iterator[LinearOperator]:
         yield self
 
