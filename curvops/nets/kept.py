@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,7 @@ from curvops.nets.forward import Network, explained_product
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.patches import recording, tracked_only, unhooked
 from curvops.nets.rows import Rows, settle
+from curvops.nets.tape import Pass, Replay
 
 Engine = Literal["double_backward"]
 
@@ -43,6 +45,7 @@ class Kept:
         self._into = Rows(selection)
         self._released = False
         self._recomputes = False
+        self._replayed: tuple[object, Replay] | None = None
 
     def _check(self, v: Tensor, shape: tuple[int, ...], what: str) -> None:
         if self._released:
@@ -81,6 +84,25 @@ class Kept:
             return
         with self._into.filling(row) as parts:
             settle(parts, self._column(outputs, selection.tensors, cotangents))
+
+    def _by_columns(self, V: Tensor, what: object, run: Pass, *, in_place: bool) -> Tensor:
+        """`run` on each column of V `(P, K)`, into its place in the result; on one that comes often, from a tape.
+
+        Args:
+            what: Tells one such product from others.
+            in_place: The result may be written over the column, which `run` has read by then.
+        """
+        if self._replayed is None or self._replayed[0] != what:
+            self._replayed = what, Replay()
+        replay = run if self._recomputes else functools.partial(self._replayed[1], run)
+        if V.shape[1] == 1:
+            rows = V.new_empty(1, len(V))
+            replay(V[:, 0].contiguous(), rows[0])
+            return rows.T
+        rows = V.T.clone(memory_format=torch.contiguous_format)
+        for row in rows:
+            replay(row if in_place else row.clone(), row)
+        return rows.T
 
     @property
     def graph_bytes(self) -> int:

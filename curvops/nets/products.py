@@ -103,13 +103,14 @@ class Linearisation(Kept):
 
         Where columns take turns, each goes the whole way before the next one starts.
         """
-        if V.shape[1] <= 1 or self._constant or not self._takes_turns():
-            return self.vjp(product(self.jvp(V)))
         self._check(V, (self.selection.size,), "jvp")
-        rows = V.T.clone(memory_format=torch.contiguous_format)
-        for row in rows:
-            self._fill(row, [self._f], [product(self.jvp(row.unsqueeze(1))).squeeze(-1)])
-        return rows.T
+        if V.shape[1] == 0 or self._constant or (V.shape[1] > 1 and not self._takes_turns()):
+            return self.vjp(product(self.jvp(V)))
+
+        def run(v: Tensor, row: Tensor) -> None:
+            self._fill(row, [self._f], [product(self.jvp(v.unsqueeze(1))).squeeze(-1)])
+
+        return self._by_columns(V, product, run, in_place=True)
 
     @property
     def _work(self) -> int:
@@ -148,7 +149,7 @@ class Linearisation(Kept):
     def release(self) -> None:
         """Drop the graphs; the outputs stay."""
         self._released = True
-        self._tangent = None
+        self._tangent = self._replayed = None
         self._f = self.outputs
 
     def _build_tangent(self) -> tuple[Tensor, list[int], list[Tensor]]:
@@ -221,11 +222,12 @@ class HessianProduct(Kept):
             rows = self.selection.split_rows(v.T.contiguous())
             grads = self._grad(self._grads, self.selection.tensors, [rows[i] for i in self._which])
             return self.selection.join_rows(grads, v.shape[1]).T
-        result = v.new_empty(v.shape[1], self.selection.size)
-        for k, row in enumerate(result):
-            pieces = self.selection.split_row(v[:, k].contiguous())
+
+        def run(v: Tensor, row: Tensor) -> None:
+            pieces = self.selection.split_row(v)
             self._fill(row, self._grads, [pieces[i] for i in self._which])
-        return result.T
+
+        return self._by_columns(v, "Hessian", run, in_place=False)
 
     @property
     def _work(self) -> int:
@@ -250,4 +252,4 @@ class HessianProduct(Kept):
     def release(self) -> None:
         """Drop the graph; outputs, loss and gradient stay."""
         self._released = True
-        self._grads = []
+        self._grads, self._replayed = [], None

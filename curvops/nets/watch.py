@@ -167,9 +167,10 @@ class Content:
                 if others:
                     return others
                 self._arrange()
-            pairs = list(zip(self._kept, self._digests, strict=True))
-            if all([_same_bits(kept, digest.read()) for kept, digest in pairs]):
+            now = [digest.read() for digest in self._digests]
+            if all(_same_bits(kept, values) for kept, values in zip(self._kept, now, strict=True)):
                 return []
+            pairs = zip(self._kept, self._digests, strict=True)
             return sorted({i for kept, digest in pairs for i in digest.differing(kept)})
 
     def _arrange(self) -> None:

@@ -1,0 +1,235 @@
+"""A pass over a kept graph, replayed without autograd: recorded once, and believed once it agreed to the bit.
+
+Every product on a kept graph makes the same calls, on other numbers. Autograd looks them up node by node, in Python for
+the layers of this library, which takes as long as the arithmetic of a small network and a tenth of that of a larger
+one. A tape is these calls in a row, and nothing else:
+
+    replay = Replay()
+    replay(run, v, row)        # run(v, row), which writes to row; the calls alone from the eleventh time on
+
+Recorded are the calls that depend on v, below autograd. A pass that looks at numbers (branches on them, hands them to
+NumPy, draws at random) has no tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvops.nets.patches import recording
+
+Pass = Callable[[Tensor, Tensor], None]
+"""Of a vector `(P,)` the product, written to another."""
+
+_BEFORE = 8
+"""Runs before one is recorded. The recording and the comparison cost about one product each."""
+
+_LONGEST = 10_000
+"""Calls beyond which a tape is not worth its compilation."""
+
+_LEAVING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
+"""Ways out of PyTorch, behind which nothing is seen."""
+
+_BRANCHING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Replay:
+    """Runs a pass, and replays it once there is a tape that agreed with it. Both give the same bits."""
+
+    def __init__(self) -> None:
+        self._runs = 0
+        self._candidate: Pass | None = None
+        self._tape: Pass | None = None
+        self._refused = False
+
+    @property
+    def replays(self) -> bool:
+        """Whether there is a tape."""
+        return self._tape is not None
+
+    def __call__(self, run: Pass, v: Tensor, row: Tensor) -> None:
+        """`run(v, row)`, or what it would do; v and row may share memory."""
+        if self._refused or not (_is_plain(v) and _is_plain(row)):
+            run(v, row)
+            return
+        if self._tape is not None:
+            self._tape(v, row)
+            return
+        self._runs += 1
+        if self._runs <= _BEFORE:
+            run(v, row)
+        elif self._candidate is None:
+            self._candidate = record(run, v, row)
+            self._refused = self._candidate is None
+        else:
+            again, copy = torch.empty_like(row), v.clone()
+            run(v, row)
+            self._candidate(copy, again)
+            if torch.equal(again, row):
+                self._tape = self._candidate
+            else:
+                self._refused = True
+            self._candidate = None
+
+
+def record(run: Pass, v: Tensor, row: Tensor) -> Pass | None:
+    """Run, and return the calls made as a function of v and row; None where they may be others another time."""
+    v = v.detach()  # an object of its own, where both are one
+    recorder = _Recorder(v, row)
+    with recorder, _Exits(recorder):
+        run(v, row)
+    return recorder.compiled()
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down calls as lines of Python.
+
+    Tensors are "moving" if they depend on v or are made on the way, and have a name each; all others are constants.
+    """
+
+    def __init__(self, v: Tensor, row: Tensor) -> None:
+        super().__init__()
+        self.refused = False
+        self._v, self._row = (t.untyped_storage().data_ptr() for t in (v, row))
+        self._moving = {id(v): "v", id(row): "row"}
+        self._constants: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+        self._calls: list[tuple[str, list[str], list[str]]] = []
+        self._alive: list[Any] = [v, row]  # or others would get their ids
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # which would be imported for it, and that takes a second
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.refused:
+            self._note(func, args, kwargs, result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        self._alive += [args, kwargs, result]
+        given, made = list(_tensors([*args, *kwargs.values()])), list(_tensors([result]))
+        moving = any(id(t) in self._moving for t in given)
+        if self._is_unfit(func, args, kwargs, [*given, *made], moving):
+            self.refused = True
+            return
+        # A view of a constant is one, and so is a number read from it.
+        own = {t.untyped_storage().data_ptr() for t in given}
+        if not moving and given and all(t.untyped_storage().data_ptr() in own for t in made):
+            return
+        used: list[str] = []
+        call = ", ".join([
+            *(self._text(arg, used) for arg in args), *(f"{k}={self._text(arg, used)}" for k, arg in kwargs.items())
+        ])  # fmt: skip
+        targets = list(self._targets(result))
+        bound = [name for name, _ in targets]
+        line = f"{self._constant(func)}({call})"
+        if isinstance(result, Tensor) and targets:
+            line = f"{bound[0]} = {line}"
+        elif targets:
+            line = "; ".join([f"r = {line}", *(f"{name} = r[{place}]" for name, place in targets), "del r"])
+        self._calls.append((line, used, bound))
+        self.refused = len(self._calls) > _LONGEST
+
+    def _is_unfit(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], moving: bool) -> bool:
+        if torch.Tag.nondeterministic_seeded in func.tags or (moving and not _BRANCHING.isdisjoint(func.tags)):
+            return True
+        if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in tensors):
+            return True
+        return any(not self._is_ours(t) for t in _written(func, args, kwargs))
+
+    def _is_ours(self, t: Tensor) -> bool:
+        """Whether a tensor may be written to: made on the way, or the result, but no constant and not v."""
+        place = t.untyped_storage().data_ptr()
+        return id(t) in self._moving and (place != self._v or place == self._row)
+
+    def _targets(self, result: Any) -> Iterator[tuple[str, int]]:
+        """New names and where in the result they stand."""
+        for place, t in enumerate(result if isinstance(result, tuple | list) else [result]):
+            if isinstance(t, Tensor) and id(t) not in self._moving:
+                name = self._moving[id(t)] = f"t{len(self._moving)}"
+                yield name, place
+
+    def _text(self, value: Any, used: list[str]) -> str:
+        if isinstance(value, Tensor) and id(value) in self._moving:
+            used.append(self._moving[id(value)])
+            return used[-1]
+        if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
+            return f"[{', '.join(self._text(item, used) for item in value)}]"
+        return repr(value) if type(value) in (int, bool, type(None)) else self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = self._names.setdefault(id(value), f"c{len(self._names)}")
+        self._constants[name] = value
+        return name
+
+    def compiled(self) -> Pass | None:
+        """The calls as a function, each tensor dropped after its last use."""
+        if self.refused:
+            return None
+        lines: list[str] = []
+        dropped = {"v", "row"}
+        for line, used, bound in reversed(self._calls):
+            last = [name for name in dict.fromkeys([*used, *bound]) if name not in dropped]
+            dropped.update(last)
+            lines.append(f"    {line}" + (f"; del {', '.join(last)}" if last else ""))
+        scope = dict(self._constants)
+        exec("\n".join(["def calls(v, row):", "    pass", *reversed(lines)]), scope)
+        calls = scope.pop("calls")
+        self._alive.clear()
+
+        def replay(v: Tensor, row: Tensor) -> None:
+            with recording(), torch.no_grad():
+                calls(v, row)
+
+        return replay
+
+
+class _Exits(TorchFunctionMode):
+    """Refuses a tape to a pass that leaves PyTorch."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVING:
+            self._recorder.refused = True
+        return func(*args, **(kwargs or {}))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that a call writes to."""
+    if not func._schema.is_mutable:
+        return
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors([given.get(argument.name)])
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a vector is one that calls below autograd may be made with, on a processor, entry after entry."""
+    return (
+        type(t) is Tensor
+        and t.device.type == "cpu"
+        and t.stride() == (1,)
+        and not t.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore[reportAttributeAccessIssue]
+    )
