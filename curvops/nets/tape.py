@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         self._alive += [args, kwargs, result]
         given, made = list(_tensors([*args, *kwargs.values()])), list(_tensors([result]))
         moving = any(id(t) in self._moving for t in given)
-        if self._is_unfit(func, args, kwargs, [*given, *made], moving):
+        if self._is_unfit(func, args, kwargs, [*given, *made]):
             self.refused = True
             return
         # A view of a constant is one, and so is a number read from it.
@@ -138,8 +138,12 @@ class _Recorder(TorchDispatchMode):
         self._calls.append((line, used, bound))
         self.refused = len(self._calls) > _LONGEST
 
-    def _is_unfit(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], moving: bool) -> bool:
-        if torch.Tag.nondeterministic_seeded in func.tags or (moving and not _BRANCHING.isdisjoint(func.tags)):
+    def _is_unfit(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> bool:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return True
+        # What an index selects is settled where the index is: only a mask that moves selects now more, now less.
+        looked_at = args[1:] if func is torch.ops.aten.index.Tensor else [*args, *kwargs.values()]
+        if any(id(t) in self._moving for t in _tensors(looked_at)) and not _BRANCHING.isdisjoint(func.tags):
             return True
         if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in tensors):
             return True
