@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvops as co
 from tests.benchmarks import peers
-from tests.benchmarks.measure import Work, flops, interleaved
+from tests.benchmarks.measure import Work, flops, interleaved, warmed
 from tests.benchmarks.models import CASES
 
 ARITHMETIC = frozenset({
@@ -107,6 +107,8 @@ def floors(name: str, rounds: int = 9) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     size = operators["GGN"].shape[0]
     v, V = torch.randn(size, generator=generator), torch.randn(size, COLUMNS, generator=generator)
+    for operator in operators.values():
+        warmed(operator, v)
     parameters = list(model.parameters())
     works: dict[str, Work] = {
         "gradient": lambda: torch.autograd.grad(peers.summed_loss(model(x), y), parameters),
@@ -129,6 +131,7 @@ def measure(name: str, rounds: int = 9) -> dict[str, Any]:
     model, x, y = CASES[name].build()
     G = co.GGN(model, "classification", (x, y))
     v = torch.randn(G.shape[0], generator=torch.Generator().manual_seed(0))
+    warmed(G, v)
     parameters = list(model.parameters())
     times = interleaved(
         {

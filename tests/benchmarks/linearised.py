@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import curvops as co
 from tests.benchmarks import peers
-from tests.benchmarks.measure import interleaved, once
+from tests.benchmarks.measure import interleaved, once, warmed
 from tests.benchmarks.models import CASES
 
 
@@ -52,7 +52,7 @@ def measure(name: str, rounds: int = 9) -> dict[str, Any]:
     parameters = list(model.parameters())
     G = co.GGN(model, "classification", (x, y))
     v = torch.randn(G.shape[0], generator=torch.Generator().manual_seed(0))
-    expected = G @ v
+    expected = warmed(G, v) @ v
     try:
         product = linearised(model, x)
         torch.testing.assert_close(product(v), expected, rtol=1e-3, atol=1e-4)

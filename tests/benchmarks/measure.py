@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
 
+from curvops import LinearOperator
+
 Work = Callable[[], object]
+
+WARM = 12
+"""Products before a product is called warm."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,13 @@ def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
     finally:
         gc.enable()
     return {name: Timing(statistics.median(cpu[name]), statistics.median(wall[name])) for name in works}
+
+
+def warmed(operator: LinearOperator, v: Tensor) -> LinearOperator:
+    """The operator after as many products as a Krylov method soon has made: graphs are kept, and calls on tape."""
+    for _ in range(WARM):
+        operator @ v
+    return operator
 
 
 def once(work: Work) -> Timing:

@@ -8,7 +8,7 @@ import torch
 
 import curvops as co
 from tests.benchmarks import peers
-from tests.benchmarks.measure import Work, flops, interleaved, once
+from tests.benchmarks.measure import Work, flops, interleaved, once, warmed
 from tests.benchmarks.models import CASES, Case
 
 COLUMNS = 16
@@ -30,6 +30,7 @@ def works(case: Case) -> tuple[dict[str, Work], dict[str, int]]:
     }
     made: dict[str, Work] = {"gradient": lambda: torch.autograd.grad(peers.summed_loss(model(x), y), parameters)}
     for name, operator in operators.items():
+        warmed(operator, v)
         made[name] = lambda operator=operator: operator @ v
     made["GGN, build"] = lambda: co.GGN(model, "classification", (x, y))
     made["GGN, build and first product"] = lambda: co.GGN(model, "classification", (x, y)) @ v

@@ -40,7 +40,8 @@ def text(measured: dict[str, Any]) -> str:
     how = (
         f"In gradients of the summed loss on the same batch (medians of CPU time over {rounds} rounds, in one process "
         f"and in turns; float32, {_threads(machine)} of an {machine['processor']}, torch {torch}); in brackets the "
-        "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept."
+        "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept, and a dozen "
+        "were made on it before."
     )
     lines = [
         textwrap.fill(how, 120, break_long_words=False, break_on_hyphens=False),
