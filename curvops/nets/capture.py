@@ -75,6 +75,7 @@ class Layers:
         self.learn(x, size)
         assert self._plan is not None
         batch = Capture(self, x)
+        batch._recomputes = self._plan.recomputes
         if self._witnessed is not None:
             both = min(len(self._witnessed), len(batch.outputs))
             require_independent(self.network, x, size, self._witnessed[:both], batch.outputs[:both])
@@ -101,7 +102,7 @@ class Layers:
             self._require_alone(x, size, few.outputs)
         # The batch starts with the witnesses: there their outputs are compared, in all its company.
         self._witnessed = few.outputs
-        return Plan(layouts, few.signature(), few.graph_bytes // count, sure)
+        return Plan(layouts, few.signature(), few.graph_bytes // count, sure, few._recomputes)
 
     def _require_alone(self, x: Inputs, size: int, outputs: Tensor) -> None:
         """Refuse a batch whose first example has other outputs when it is alone."""
@@ -130,20 +131,23 @@ class Capture(LayerGraph):
 
     # ---- what is asked ------------------------------------------------------------------------------------------
 
-    def factors(self, U: Float[Tensor, "*f K"], place: Place = "everywhere") -> list[Factors | None]:
+    def factors(
+        self, U: Float[Tensor, "*f K"], place: Place = "everywhere", *, last: bool = False
+    ) -> list[Factors | None]:
         """Per-example gradients along K cotangents, factored, one entry per parameter; None where they are zero.
 
         Args:
             U: `(*f.shape, K)`: row n of column k is the k-th cotangent of example n. For the "body" cotangents of the
                 head's features, `(B, [T,] d, K)`.
             place: Whose are wanted, where there is a `head`; the others' are None.
+            last: No others are asked for: the backward may free on its way what only further ones would need.
 
         Cost: the backward of K columns through the activations; no gradient of a parameter is formed, except in the
         fallback, which pulls back every example's cotangents through the whole network. Those of the head are free.
         """
         head = self.head if place != "everywhere" else None
-        last = self.outputs.shape[-1] if head is None or place == "head" else head.weight.shape[0]
-        self._check(U, (*self.outputs.shape[:-1], last), "factors")
+        width = self.outputs.shape[-1] if head is None or place == "head" else head.weight.shape[0]
+        self._check(U, (*self.outputs.shape[:-1], width), "factors")
         B = self.outputs.shape[0]
         wanted = [
             [] if readings is None or (head is not None and (i in head.parameters) != (place == "head")) else readings
@@ -152,11 +156,11 @@ class Capture(LayerGraph):
         edges = [r.tap.edge for readings in wanted for r in readings]
         rows = U.movedim(-1, 0).flatten(1, -2)
         if head is None:
-            grads = self._pulled_to(edges, U)
+            grads = self._pulled_to(edges, U, last=last)
         elif place == "head":
             grads: AtEdges = {edge_key(head.output): rows}
         else:
-            grads = self._pulled(edges, head.features, rows)
+            grads = self._pulled(edges, head.features, rows, last=last)
 
         def read(i: int, readings: list[Reading]) -> Factors | None:
             found = [(j, r, grads[edge_key(r.tap.edge)]) for j, r in enumerate(readings)]

@@ -65,14 +65,20 @@ class Kept:
         )
 
     def _grad(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, last: bool = False
     ) -> list[Tensor | None]:
-        """The same for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None."""
+        """The same for K cotangents, each `(K, *output.shape)`; answers `(K, *input.shape)` or None.
+
+        Args:
+            last: No other pass follows: what the graph keeps may be freed on the way.
+        """
 
         def run() -> list[Tensor | None]:
             if cotangents[0].shape[0] == 1 or self._takes_turns():
-                return _looped(outputs, inputs, cotangents)
-            return (self._probe if self.batched is None else _vectorised)(outputs, inputs, cotangents)
+                return _looped(outputs, inputs, cotangents, last=last)
+            if self.batched is None:
+                return self._probe(outputs, inputs, cotangents)
+            return _vectorised(outputs, inputs, cotangents, last=last)
 
         return self._guarded(run)
 
@@ -168,17 +174,20 @@ class Kept:
 
 
 def _vectorised(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, last: bool = False
 ) -> list[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+    options: dict[str, Any] = {"retain_graph": not last, "allow_unused": True, "is_grads_batched": True}
     return list(torch.autograd.grad(outputs, inputs, cotangents, **options))
 
 
-def _looped(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+def _looped(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, last: bool = False
+) -> list[Tensor | None]:
     columns = cotangents[0].shape[0]
 
     def column(k: int) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
+        kept = not last or k < columns - 1
+        return torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=kept, allow_unused=True)
 
     if columns == 1:
         return [None if g is None else g.unsqueeze(0) for g in column(0)]

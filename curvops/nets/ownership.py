@@ -50,6 +50,8 @@ class Plan:
     signature: list[list[tuple[str, int, float]]]
     bytes_per_example: int
     certain: bool
+    recomputes: bool = False
+    """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""
 
 
 class LayerGraph(Kept):
@@ -195,16 +197,18 @@ class LayerGraph(Kept):
 
         return Reading(replace(t, edge=edge), "shared", back)
 
-    def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor) -> AtEdges:
+    def _pulled_to(self, edges: Iterable[GradientEdge], U: Tensor, *, last: bool = False) -> AtEdges:
         """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
-        return self._pulled(edges, self._f, U.movedim(-1, 0))
+        return self._pulled(edges, self._f, U.movedim(-1, 0), last=last)
 
-    def _pulled(self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor) -> AtEdges:
+    def _pulled(
+        self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor, *, last: bool = False
+    ) -> AtEdges:
         """K cotangents of what is at `start`, `(K, …)`, pulled back."""
         wanted = {edge_key(edge): edge for edge in edges}
         if not wanted:
             return {}
-        found = self._grad([start], list(wanted.values()), [g])  # type: ignore[list-item]
+        found = self._grad([start], list(wanted.values()), [g], last=last)  # type: ignore[list-item]
         return dict(zip(wanted, found, strict=True))
 
     # ---- reading ------------------------------------------------------------------------------------------------

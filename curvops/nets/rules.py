@@ -14,6 +14,7 @@ operation (`f.grad_fn.name()`). A site without a rule sends its parameter to the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -234,14 +235,16 @@ def _layer_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     if not place.whole:
         return None
     p = shape.numel()
-    x = node._saved_input
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     rows = x.numel() // p
+
+    @functools.cache
+    def normal() -> Tensor:
+        return (x.reshape(rows, p) - mean.reshape(rows, 1)) * rstd.reshape(rows, 1)
 
     def cotangent(g: Tensor) -> Tensor:
         g = g.reshape(g.shape[0], rows, p)
-        if site.slot == 2:
-            return g
-        return g * ((x.reshape(rows, p) - node._saved_result1.reshape(rows, 1)) * node._saved_result2.reshape(rows, 1))
+        return g if site.slot == 2 else g * normal()
 
     return Tap("direct", GradientEdge(node, 0), rows, cotangent)
 
@@ -250,18 +253,14 @@ def _group_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     node = site.node
     if not place.whole:
         return None
-    x = node._saved_input
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     N, C, groups = x.shape[0], x.shape[1], node._saved_group
 
-    def cotangent(g: Tensor) -> Tensor:
-        g = g.reshape(g.shape[0], N, C, -1)
-        if site.slot == 2:
-            return g.sum(-1)
-        mean, rstd = (t.reshape(N, groups, 1) for t in (node._saved_result1, node._saved_result2))
-        normal = ((x.reshape(N, groups, -1) - mean) * rstd).reshape(N, C, -1)
-        return torch.einsum("kncs,ncs->knc", g, normal)
+    @functools.cache
+    def normal() -> Tensor:
+        return ((x.reshape(N, groups, -1) - mean.reshape(N, groups, 1)) * rstd.reshape(N, groups, 1)).reshape(N, C, -1)
 
-    return Tap("direct", GradientEdge(node, 0), N, cotangent)
+    return Tap("direct", GradientEdge(node, 0), N, lambda g: _channelwise(g, N, C, None if site.slot == 2 else normal))
 
 
 def _batch_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
@@ -270,18 +269,20 @@ def _batch_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     if not place.whole or node._saved_training:
         return None
     x, eps = node._saved_input, getattr(node, "_saved_eps", None) or node._saved_epsilon
+    mean, variance = node._saved_running_mean, node._saved_running_var
     N, C = x.shape[:2]
 
-    def cotangent(g: Tensor) -> Tensor:
-        g = g.reshape(g.shape[0], N, C, -1)
-        if site.slot == 2:
-            return g.sum(-1)
-        normal = (x.reshape(N, C, -1) - node._saved_running_mean[:, None]) * (
-            node._saved_running_var[:, None] + eps
-        ).rsqrt()
-        return torch.einsum("kncs,ncs->knc", g, normal)
+    @functools.cache
+    def normal() -> Tensor:
+        return (x.reshape(N, C, -1) - mean[:, None]) * (variance[:, None] + eps).rsqrt()
 
-    return Tap("direct", GradientEdge(node, 0), N, cotangent)
+    return Tap("direct", GradientEdge(node, 0), N, lambda g: _channelwise(g, N, C, None if site.slot == 2 else normal))
+
+
+def _channelwise(g: Tensor, N: int, C: int, factor: Callable[[], Tensor] | None) -> Tensor:
+    """`(K, N, C, …)` → the sums over positions `(K, N, C)`, times the factor `(N, C, positions)`."""
+    g = g.reshape(g.shape[0], N, C, -1)
+    return g.sum(-1) if factor is None else torch.einsum("kncs,ncs->knc", g, factor())
 
 
 # ---- sums, scales and copies ------------------------------------------------------------------------------------

@@ -153,9 +153,9 @@ def test_a_small_budget_makes_many_chunks_and_the_same_numbers(monkeypatch):
     seen: list[tuple[int, int]] = []
     factors = Capture.factors
 
-    def counted(self: Any, U: Tensor, *rest: Any) -> Any:
+    def counted(self: Any, U: Tensor, *rest: Any, **options: Any) -> Any:
         seen.append((len(U), U.shape[-1]))
-        return factors(self, U, *rest)
+        return factors(self, U, *rest, **options)
 
     monkeypatch.setattr(Capture, "factors", counted)
     for kind in (DiagonalGGN, KFAC, EKFAC, BlockGGN):

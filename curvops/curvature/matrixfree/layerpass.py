@@ -128,12 +128,18 @@ class LayerPass:
                     continue
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
                 outputs.append(capture.outputs)
-                for place, some in self._roots(capture, columns):
+                roots = self._roots(capture, columns)
+                for place, some in roots:
                     # The head's columns are there already; others are pulled back as many at a time as suits.
                     at_once = some.count if place == "head" and not some.apart else self._step(len(part.y), room)
                     number = -(-some.count // at_once)
                     for i, U in enumerate(some.chunks(at_once)):
-                        yield Step(capture.factors(U, place), active, i == 0, i == number - 1, capture.outputs)
+                        last = i == number - 1
+                        final = last and place == roots[-1][0]
+                        factors = capture.factors(U, place, last=final)
+                        if final:
+                            capture.release()  # what the factors are made of is theirs alone
+                        yield Step(factors, active, i == 0, last, capture.outputs)
             finally:
                 capture.release()
             start += len(part.y)

@@ -230,6 +230,8 @@ class Sums:
                     total.add_exact(factors, self.choice.fallback)
                 else:
                     used[number] = factors
+            factors = None
+            step.factors.clear()  # moments free what they have summed
             moments.add(used, step.active, step.first)
         for number, pairs in moments.pairs().items():
             every[number][1].pairs = pairs

@@ -7,8 +7,6 @@ the work, and mirrored at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -49,12 +47,9 @@ class SymmetricSum:
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        total = self._total
-        if len(total) == 1 and total.shape[1] >= 2 * PANEL:
-            for start in range(0, total.shape[1], PANEL):
-                stop = start + PANEL
-                total[0, stop:, start:stop] = total[0, start:stop, stop:].T
-        return total
+        if len(self._total) == 1 and self._total.shape[1] >= 2 * PANEL:
+            _mirror(self._total[0])
+        return self._total
 
     def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
         """Where to sum, and what to multiply the sum so far with: 0 as long as there is none."""
@@ -62,6 +57,16 @@ class SymmetricSum:
             return self._total, 1
         self._total = X.new_empty(G, d, d)
         return self._total, 0
+
+
+def _mirror(total: Float[Tensor, "d d"]) -> None:
+    """The lower triangle from the upper one, of which all panels are there."""
+    d = total.shape[0]
+    for start in range(0, d, 2 * PANEL):
+        middle, stop = start + PANEL, min(start + 2 * PANEL, d)
+        # Copied before it is turned: read across rows that lie a power of two apart, it would leave the caches.
+        total[start:stop, :start] = total[:start, start:stop].contiguous().T
+        total[middle:stop, start:middle] = total[start:middle, middle:stop].T
 
 
 class Moments:
@@ -80,15 +85,17 @@ class Moments:
         self._inputs: dict[tuple[_Use, ...], SymmetricSum] = {}
         self._outputs: dict[tuple[_Use, ...], SymmetricSum] = {}
 
-    def add(self, used: Mapping[int, Factors], active: Bool[Tensor, "*b"], first: bool) -> None:
+    def add(self, used: dict[int, Factors], active: Bool[Tensor, "*b"], first: bool) -> None:
         """Some columns of some examples.
 
         Args:
-            used: Whose factors → the factors; `has_pairs` of them.
+            used: Whose factors → the factors; `has_pairs` of them. It is emptied, so that what nobody else holds is
+                freed as it is summed.
             active: `(B,)` or `(B, T)`, what counts.
             first: Whether the examples come for the first time, so that their inputs count.
         """
-        inputs: dict[object, tuple[Tensor, Tensor, bool, list[_Use]]] = {}
+        weights: dict[int, _Weight] = {}
+        inputs: dict[object, tuple[Tensor, _Weight, bool, list[_Use]]] = {}
         outputs: dict[object, tuple[Tensor, bool, list[_Use]]] = {}
         for number, factors in used.items():
             for part in factors.parts:
@@ -103,16 +110,21 @@ class Moments:
                     self._terms[use] = 0.0
                 if not first:
                     continue
-                weight = _weight(part, active)
-                self._terms[use] += float((weight.amax(1) if together else weight).sum())
+                if part.positions not in weights:
+                    weights[part.positions] = _Weight(part, active)
+                weight = weights[part.positions]
+                self._terms[use] += weight.examples if together else weight.positions
                 if isinstance(part, Outer):
                     inputs.setdefault(_identity(part.a), (part.a, weight, together, []))[3].append(use)
                 if isinstance(part, Lookup):
                     counts = self._counts.setdefault(use, part.g.new_zeros(part.size))
-                    counts.index_add_(0, part.index.reshape(-1), weight.reshape(-1))
-        for a, weight, together, uses in inputs.values():
+                    counts.index_add_(0, part.index.reshape(-1), weight.each.reshape(-1))
+        used.clear()
+        for key in list(inputs):
+            a, weight, together, uses = inputs.pop(key)
             _add_inputs(self._inputs.setdefault(tuple(uses), SymmetricSum()), a, weight, together)
-        for g, together, uses in outputs.values():
+        for key in list(outputs):
+            g, together, uses = outputs.pop(key)
             _add_outputs(self._outputs.setdefault(tuple(uses), SymmetricSum()), g, together)
 
     def knows(self, number: int) -> bool:
@@ -146,22 +158,32 @@ def _identity(t: Tensor) -> object:
     return t.data_ptr(), t.shape, tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
 
 
-def _weight(part: Outer | Lookup | Shift, active: Tensor) -> Tensor:
-    """`(B, T)`: 1 where a position counts. Positions in step with those of the targets follow them one by one."""
-    B, T = part.g.shape[1], part.positions
-    if active.dim() == 2 and active.shape[1] == T:
-        return active.to(part.g.dtype)
-    return active.reshape(B, -1).any(1, keepdim=True).expand(B, T).to(part.g.dtype)
+class _Weight:
+    """What counts: 1 where a position does. Positions in step with those of the targets follow them one by one.
+
+    Attributes:
+        each: `(B, T)`.
+        positions: How many count.
+        examples: Of how many examples.
+    """
+
+    def __init__(self, part: Outer | Lookup | Shift, active: Tensor) -> None:
+        B, T = part.g.shape[1], part.positions
+        if active.dim() != 2 or active.shape[1] != T:
+            active = active.reshape(B, -1).any(1, keepdim=True).expand(B, T)
+        self.each = active.to(part.g.dtype)
+        self.positions, self.examples = float(active.sum()), float(active.any(1).sum())
+        self.is_one = self.positions == B * T
 
 
-def _add_inputs(total: SymmetricSum, a: Tensor, weight: Tensor, together: bool) -> None:
+def _add_inputs(total: SymmetricSum, a: Tensor, weight: _Weight, together: bool) -> None:
     """a `(B, T, G, I)`: each position a vector, or each example the average over its positions."""
     if together:
-        mean = torch.einsum("bt,btgi->bgi", weight, a) / weight.sum(1).clamp(min=1)[:, None, None]
+        mean = torch.einsum("bt,btgi->bgi", weight.each, a) / weight.each.sum(1).clamp(min=1)[:, None, None]
         total.add(mean.permute(1, 2, 0))
         return
-    if not bool(weight.all()):
-        a = a * weight[:, :, None, None]
+    if not weight.is_one:
+        a = a * weight.each[:, :, None, None]
     total.add(a.permute(2, 3, 0, 1).flatten(2))
 
 
