@@ -178,9 +178,10 @@ class Content:
         digests: dict[Any, _Digest] = {}
         for i, bits in enumerate(self._views):
             for pieces, dtype, summed in ((bits.whole, bits.size.dtype, False), (bits.rows, bits.width, True)):
+                if pieces and (kind := (dtype, bits.size.device)) not in digests:
+                    digests[kind] = _Digest(*kind)
                 for piece in pieces:
-                    digest = digests.setdefault((dtype, piece.device), _Digest(dtype, piece.device))
-                    digest.add(i, piece, summed)
+                    digests[kind].add(i, piece, summed)
         self._digests = list(digests.values())
         for digest in self._digests:
             digest.lay_out()
