@@ -5,7 +5,7 @@ the layers of this library, which takes as long as the arithmetic of a small net
 one. A tape is these calls in a row, and nothing else:
 
     replay = Replay()
-    replay(run, v, row)        # run(v, row), which writes to row; the calls alone from the eleventh time on
+    replay(run, v, row)        # run(v, row), which writes to row; the calls alone from the 23rd time on
 
 Recorded are the calls that depend on v, below autograd. A pass that looks at numbers (branches on them, hands them to
 NumPy, draws at random) has no tape.
@@ -26,8 +26,8 @@ from curvops.nets.patches import recording
 Pass = Callable[[Tensor, Tensor], None]
 """Of a vector `(P,)` the product, written to another."""
 
-_BEFORE = 8
-"""Runs before one is recorded. The recording and the comparison cost about one product each."""
+_BEFORE = 20
+"""Runs before one is recorded: recording and comparing cost about as much as a tape saves in thirty products."""
 
 _LONGEST = 10_000
 """Calls beyond which a tape is not worth its compilation."""

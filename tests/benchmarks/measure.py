@@ -27,7 +27,7 @@ from curvops import LinearOperator
 
 Work = Callable[[], object]
 
-WARM = 12
+WARM = 24
 """Products before a product is called warm."""
 
 

@@ -40,7 +40,7 @@ def text(measured: dict[str, Any]) -> str:
     how = (
         f"In gradients of the summed loss on the same batch (medians of CPU time over {rounds} rounds, in one process "
         f"and in turns; float32, {_threads(machine)} of an {machine['processor']}, torch {torch}); in brackets the "
-        "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept, and a dozen "
+        "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept, and two dozen "
         "were made on it before."
     )
     lines = [

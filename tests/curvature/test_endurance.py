@@ -29,7 +29,7 @@ def tensors() -> int:
 @pytest.mark.parametrize("columns", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_products_leave_no_tensor_behind(kind, columns):
     A, v = operator(kind), torch.ones(53, columns)
-    for _ in range(12):  # until the calls are on a tape
+    for _ in range(24):  # until the calls are on a tape
         first = A @ v
     held, kept = tensors(), sum(entry.piece.graph_bytes for entry in A._linearised.values())
     for _ in range(500):
@@ -44,7 +44,7 @@ def test_products_leave_no_tensor_behind(kind, columns):
 @pytest.mark.parametrize("how", ["deleted", "released"])
 def test_the_graph_goes_with_the_operator(kind, how):
     A = operator(kind)
-    for _ in range(12):
+    for _ in range(24):
         A @ torch.ones(53)
     piece = next(iter(A._linearised.values())).piece
     roots = piece._grads if kind is co.Hessian else [piece.linearisation._f, *piece.linearisation._tangent[2]]

@@ -22,6 +22,12 @@ from curvops.testing.problems import problem, problems
 OFTEN = 14
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Tapes after eight runs."""
+    monkeypatch.setattr("curvops.nets.tape._BEFORE", 8)
+
+
 def vectors(size: int, count: int = OFTEN, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return list(torch.randn(count, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype))
 

@@ -268,7 +268,7 @@ class DataOperator(LinearOperator):
             mix = f"{kept} batches kept, {batches - kept} recomputed in each product"
         return (
             f"double backward on one graph per batch, cache={self._policy!r} ({mix}), "
-            f"columns together on small graphs and accelerators, else in turn, replayed from a tape after ten "
+            f"columns together on small graphs and accelerators, else in turn, replayed from a tape after twenty "
             f"on a processor"
         )
 
