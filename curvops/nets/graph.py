@@ -69,8 +69,10 @@ def footprint(roots: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor
 
 @functools.lru_cache(maxsize=256)
 def _names_saved(kind: type) -> tuple[str, ...]:
-    """Under which names nodes of one kind show what they saved."""
-    return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
+    """Under which names nodes of one kind show the tensors that they saved: numbers and shapes have no raw twin."""
+    names = dir(kind)
+    raw = {name.removeprefix("_raw_") for name in names if name.startswith("_raw_saved_")}
+    return tuple(name for name in names if name.lstrip("_") in raw)
 
 
 def _saved(node: Any) -> Iterator[Tensor]:

@@ -116,49 +116,43 @@ class LayerGraph(Kept):
             for sites, taps in zip(self._sites, self._taps, strict=True)
         ]
         edges = [where.edge for pairs in read for t, other in pairs for where in (t, other and other.tap) if where]
-        reached = self._pulled_to(edges, U)
-        column = torch.tensor(examples, device=U.device)[:, None]
+        others = torch.arange(B, device=U.device) != torch.tensor(examples, device=U.device)[:, None]
+        reached = _Reached(self._pulled_to(edges, U), others)
         sure = True
         found: list[list[Layout] | None] = []
         for pairs in read:
             layouts: list[Layout] | None = []
             for t, shared in pairs:
-                layout, certain = (None, True) if t is None else self._layout(t, shared, reached, column)
+                layout, certain = (None, True) if t is None else self._layout(t, shared, reached)
                 sure = sure and certain
                 layouts = None if layout is None or layouts is None else [*layouts, layout]
             found.append(layouts)
         return found, sure
 
-    def _layout(self, t: Tap, shared: Reading | None, reached: AtEdges, column: Tensor) -> tuple[Layout | None, bool]:
-        """The layout of a tap's rows, and whether it is certain; `column` (K, 1) are the examples sent through."""
-        B = self.outputs.shape[0]
+    def _layout(self, t: Tap, shared: Reading | None, reached: _Reached) -> tuple[Layout | None, bool]:
+        """The layout of a tap's rows, and whether it is certain."""
+        columns, B = reached.others.shape
         if t.rows % B == 0:
-            g = reached[edge_key(t.edge)]
-            if g is None:
+            apart = reached.apart(t)
+            if apart is None:
                 return "batch first", False
-            reach = t.cotangent(g).reshape(len(column), t.rows, -1).abs().amax(-1).ne(0)
-            example = torch.arange(B, device=g.device)
-            # Which examples' rows are reached, under either order; each column's own may be.
-            first = not bool((reach.unflatten(1, (B, -1)).any(2) & (example != column)).any())
-            last = first if t.rows == B else not bool((reach.unflatten(1, (-1, B)).any(1) & (example != column)).any())
+            first, last = apart
             if first or last:
                 # Shared rows, of which one example may reach only some, are told apart by all examples together.
-                certain = (first != last or t.rows == B) and (shared is None or len(column) == B)
+                certain = (first != last or t.rows == B) and (shared is None or columns == B)
                 return "batch first" if first else "batch last", certain
         if shared is None:
             return None, True
-        g = reached[edge_key(shared.tap.edge)]
-        apart = g is not None and not bool(
-            (g.flatten(2).abs().amax(-1).ne(0) & (torch.arange(B, device=g.device) != column)).any()
-        )
-        return ("shared", True) if apart else (None, True)
+        g = reached.at(shared.tap.edge)
+        own = g is not None and not bool((g.flatten(2).abs().amax(-1).ne(0) & reached.others).any())
+        return ("shared", True) if own else (None, True)
 
     def _through(self, chosen: Tensor) -> Tensor:
         """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
         generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64)
-        draw[~chosen] = 0
-        return draw.to(self.outputs).unsqueeze(-1)
+        draw = torch.zeros(self.outputs.shape, dtype=self.outputs.dtype)
+        draw[chosen] = torch.randn(int(chosen.sum()), *draw.shape[1:], generator=generator, dtype=draw.dtype)
+        return draw.to(self.outputs.device).unsqueeze(-1)
 
     def _shared(self, site: Site, t: Tap, size: int) -> Reading | None:
         """The reading of rows that all examples share, at the sum where they meet the examples.
@@ -217,6 +211,36 @@ class LayerGraph(Kept):
         tensor = self.selection.tensors[site.parameter]
         place = placement(site, tensor)
         return None if place is None else tap(site, place, tensor.shape)
+
+
+class _Reached:
+    """Where the cotangents of single examples arrived.
+
+    Attributes:
+        others: `(K, B)`, whose each column is not.
+    """
+
+    def __init__(self, at: AtEdges, others: Tensor) -> None:
+        self._at, self.others = at, others
+        self._found: dict[Any, tuple[Tensor, tuple[bool, bool]]] = {}
+
+    def at(self, edge: GradientEdge) -> Tensor | None:
+        """`(K, *shape there)`; None where nothing arrived."""
+        return self._at[edge_key(edge)]
+
+    def apart(self, t: Tap) -> tuple[bool, bool] | None:
+        """Whether no other example's rows of a tap are reached, under either order; None where nothing arrived."""
+        g = self.at(t.edge)
+        if g is None:
+            return None
+        g = t.cotangent(g).reshape(g.shape[0], t.rows, -1)
+        place = g.data_ptr(), g.shape, g.stride()  # a weight and its bias are read in one place
+        if place not in self._found:
+            reach, B = g.abs().amax(-1).ne(0), self.others.shape[1]
+            first = not bool((reach.unflatten(1, (B, -1)).any(2) & self.others).any())
+            last = first if t.rows == B else not bool((reach.unflatten(1, (-1, B)).any(1) & self.others).any())
+            self._found[place] = g, (first, last)  # g is kept, so that its place stays taken
+        return self._found[place][1]
 
 
 def edge_key(edge: GradientEdge) -> tuple[Any, int]:
