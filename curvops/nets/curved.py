@@ -19,8 +19,10 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from curvops.nets.adjoint import is_plain, no_further
-from curvops.nets.curvednorm import layer_norm
+from curvops.nets.curvednorm import CurvedLayerNorm
+from curvops.nets.elementwise import smooth
 from curvops.nets.linear import linear
+from curvops.nets.normalisation import layer_norm_by
 from curvops.nets.rows import Rows
 
 
@@ -44,41 +46,10 @@ class CurvedLayers(TorchFunctionMode):
         return _CURVED.get(func, func)(*args, **kwargs)
 
 
-def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    if not is_plain([input]):
-        return F.gelu(input, approximate=approximate)
-
-    def slope(x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
-
-    return _Smooth.apply(input, lambda x: F.gelu(x, approximate=approximate), slope)  # type: ignore[return-value]
-
-
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    if inplace or not is_plain([input]):
-        return F.silu(input, inplace)
-
-    def slope(x: Tensor) -> Tensor:
-        p = x.sigmoid()
-        return p * (1 + x * (1 - p))
-
-    return _Smooth.apply(input, F.silu, slope)  # type: ignore[return-value]
-
-
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     if inplace or not is_plain([input]):
         return F.relu(input, inplace)
     return _ReLU.apply(input)  # type: ignore[return-value]
-
-
-_CURVED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
-    F.layer_norm: layer_norm,
-    F.gelu: _gelu,
-    F.silu: _silu,
-    F.relu: _relu,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-}
 
 
 class _Smooth(Function):
@@ -147,3 +118,12 @@ class _Masked(Function):
 
 def _masked(u: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(u, y, 0)
+
+
+_CURVED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    F.layer_norm: layer_norm_by(CurvedLayerNorm.apply),
+    **smooth(_Smooth.apply),
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+}

@@ -14,7 +14,6 @@ as (a, N g) = D r (⟨a g⟩ − ⟨a⟩⟨g⟩ − ⟨x̂ a⟩⟨x̂ g⟩) depe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,25 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from curvops.nets.adjoint import is_plain, no_further, plus
+from curvops.nets.adjoint import no_further, plus
 
 _backward = torch.ops.aten.native_layer_norm_backward
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """As `F.layer_norm`, twice differentiable and no further."""
-    if not is_plain([input, weight, bias]) or (weight is None and bias is not None):
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    return _LayerNorm.apply(input, weight, bias, list(normalized_shape), eps)  # type: ignore[return-value]
-
-
-class _LayerNorm(Function):
+class CurvedLayerNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: list[int], eps: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, axes, weight, bias, eps)

@@ -18,25 +18,32 @@ from torch.autograd import Function
 from curvops.nets.adjoint import constants, is_plain, once, zeros
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """As `F.gelu`."""
-    if not is_plain([input]):
-        return F.gelu(input, approximate=approximate)
+def smooth(apply: Callable[..., Any]) -> dict[Callable[..., Tensor], Callable[..., Tensor]]:
+    """PyTorch's smooth activations → the same by `apply(x, φ, φ′)`, where a layer of ours may run."""
 
-    def derivative(x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+        if not is_plain([input]):
+            return F.gelu(input, approximate=approximate)
 
-    return _Elementwise.apply(input, lambda x: F.gelu(x, approximate=approximate), derivative)  # type: ignore[return-value]
+        def slope(x: Tensor) -> Tensor:
+            return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+
+        return apply(input, lambda x: F.gelu(x, approximate=approximate), slope)
+
+    def silu(input: Tensor, inplace: bool = False) -> Tensor:
+        if inplace or not is_plain([input]):
+            return F.silu(input, inplace)
+
+        def slope(x: Tensor) -> Tensor:
+            p = x.sigmoid()
+            return p * (1 + x * (1 - p))
+
+        return apply(input, F.silu, slope)
+
+    return {F.gelu: gelu, F.silu: silu}
 
 
-def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """As `F.silu`."""
-    if inplace or not is_plain([input]):
-        return F.silu(input, inplace)
-    return _Elementwise.apply(input, F.silu, lambda x: torch.ops.aten.silu_backward(torch.ones_like(x), x))  # type: ignore[return-value]
-
-
-class _Elementwise(Function):
+class Elementwise(Function):
     """φ(x)."""
 
     @staticmethod

@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvops.nets.adjoint import batched, constants, is_plain, once, plus, unviewed, zeros
 from curvops.nets.attention import attention
-from curvops.nets.elementwise import gelu, silu
+from curvops.nets.elementwise import Elementwise, smooth
 from curvops.nets.linear import claimed, linear_adjoint
 from curvops.nets.matmul import with_product
-from curvops.nets.normalisation import batch_norm, layer_norm
+from curvops.nets.normalisation import LayerNorm, batch_norm, layer_norm_by
 from curvops.nets.rows import Rows
 
 _Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -89,9 +89,8 @@ def _sequence(value: int | Sequence[int]) -> Sequence[int]:
 _CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _LEAN: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
-    F.layer_norm: layer_norm,
-    F.gelu: gelu,
-    F.silu: silu,
+    F.layer_norm: layer_norm_by(LayerNorm.apply),
+    **smooth(Elementwise.apply),
     F.scaled_dot_product_attention: attention,
 }
 

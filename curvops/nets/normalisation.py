@@ -11,7 +11,7 @@ BatchNorm by running statistics: `N dx = dx/σ`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,21 @@ from torch.autograd import Function
 from curvops.nets.adjoint import constants, is_plain, once, zeros
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """As `F.layer_norm`."""
-    if not is_plain([input, weight, bias]) or (weight is None and bias is not None):
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    return _LayerNorm.apply(input, weight, bias, list(normalized_shape), eps)  # type: ignore[return-value]
+def layer_norm_by(apply: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`F.layer_norm` by `apply(x, weight, bias, axes, eps)`, where a layer of ours may run."""
+
+    def layer_norm(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not is_plain([input, weight, bias]) or (weight is None and bias is not None):
+            return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+        return apply(input, weight, bias, list(normalized_shape), eps)
+
+    return layer_norm
 
 
 def batch_norm(
@@ -52,7 +56,7 @@ def batch_norm(
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)  # type: ignore[return-value]
 
 
-class _LayerNorm(Function):
+class LayerNorm(Function):
     """`γ (x − μ)/σ + β` over the last axes, with μ and σ of x itself."""
 
     @staticmethod
