@@ -34,15 +34,14 @@ class SymmetricSum:
         if G > 1:
             total.baddbmm_(X, X.transpose(1, 2), beta=kept)
             return
-        step = PANEL if d >= 2 * PANEL else d
-        for start in range(0, d, step):
-            rows = X[0, start : start + step]
-            total[0, start : start + step, start:].addmm_(rows, X[0, start:].T, beta=kept)
+        for start, stop in _panels(d):
+            total[0, start:stop, start:].addmm_(X[0, start:stop], X[0, start:].T, beta=kept)
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
         total, kept = self._prepared(X, 1, X.shape[1])
-        total[0].addbmm_(X, X.transpose(1, 2), beta=kept)
+        for start, stop in _panels(X.shape[1]):
+            total[0, start:stop, start:].addbmm_(X[:, start:stop], X[:, start:].transpose(1, 2), beta=kept)
 
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
@@ -57,6 +56,12 @@ class SymmetricSum:
             return self._total, 1
         self._total = X.new_empty(G, d, d)
         return self._total, 0
+
+
+def _panels(d: int) -> list[tuple[int, int]]:
+    """Rows of the panels; one of all where halves would save nothing."""
+    step = PANEL if d >= 2 * PANEL else d
+    return [(start, min(start + step, d)) for start in range(0, d, step)]
 
 
 def _mirror(total: Float[Tensor, "d d"]) -> None:
