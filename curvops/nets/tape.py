@@ -54,26 +54,25 @@ class Replay:
 
     def __call__(self, run: Pass, v: Tensor, row: Tensor) -> None:
         """`run(v, row)`, or what it would do; v and row may share memory."""
+        tape, candidate = self._tape, self._candidate  # another thread may go on meanwhile
         if self._refused or not (_is_plain(v) and _is_plain(row)):
             run(v, row)
             return
-        if self._tape is not None:
-            self._tape(v, row)
+        if tape is not None:
+            tape(v, row)
             return
         self._runs += 1
         if self._runs <= _BEFORE:
             run(v, row)
-        elif self._candidate is None:
+        elif candidate is None:
             self._candidate = record(run, v, row)
             self._refused = self._candidate is None
         else:
             again, copy = torch.empty_like(row), v.clone()
             run(v, row)
-            self._candidate(copy, again)
-            if torch.equal(again, row):
-                self._tape = self._candidate
-            else:
-                self._refused = True
+            candidate(copy, again)
+            self._refused = not torch.equal(again, row)
+            self._tape = None if self._refused else candidate
             self._candidate = None
 
 

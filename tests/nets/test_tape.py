@@ -145,9 +145,12 @@ class TestReplayed:
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1] > 0
 
-    def test_threads(self, replayed):
+    @pytest.mark.parametrize("begun", [True, False])
+    def test_threads(self, replayed, begun):
         _, H, dense = replayed
-        few = vectors(len(dense), 24)
+        few = vectors(len(dense), 48)
+        if not begun:
+            H.release()
         results: list[Tensor | None] = [None] * len(few)
 
         def work(start: int) -> None:
