@@ -43,8 +43,8 @@ class Replay:
 
     def __init__(self) -> None:
         self._runs = 0
-        self._candidate: Pass | None = None
-        self._tape: Pass | None = None
+        self._candidate: Tape | None = None
+        self._tape: Tape | None = None
         self._refused = False
 
     @property
@@ -55,7 +55,8 @@ class Replay:
     def __call__(self, run: Pass, v: Tensor, row: Tensor) -> None:
         """`run(v, row)`, or what it would do; v and row may share memory."""
         tape, candidate = self._tape, self._candidate  # another thread may go on meanwhile
-        if self._refused or not (_is_plain(v) and _is_plain(row)):
+        written = tape is not None and not tape.is_current()  # autograd says what is wrong with that
+        if self._refused or written or not (_is_plain(v) and _is_plain(row)):
             run(v, row)
             return
         if tape is not None:
@@ -76,7 +77,32 @@ class Replay:
             self._candidate = None
 
 
-def record(run: Pass, v: Tensor, row: Tensor) -> Pass | None:
+class Tape:
+    """Calls in a row, as a function of v and row, and the tensors that they find in place.
+
+    Args:
+        calls: The function.
+        constants: What it was given beside v and row.
+    """
+
+    def __init__(self, calls: Pass, constants: Iterable[Any]) -> None:
+        self._calls = calls
+        tensors = (value for value in constants if isinstance(value, Tensor))
+        self._constants = [(t, t._version) for t in tensors if not t.is_inference()]
+
+    def is_current(self) -> bool:
+        """Whether nobody has written to the constants in place since."""
+        for t, version in self._constants:  # noqa: SIM110  (three times as fast as all(), on the way of every product)
+            if t._version != version:
+                return False
+        return True
+
+    def __call__(self, v: Tensor, row: Tensor) -> None:
+        with recording(), torch.no_grad():
+            self._calls(v, row)
+
+
+def record(run: Pass, v: Tensor, row: Tensor) -> Tape | None:
     """Run, and return the calls made as a function of v and row; None where they may be others another time."""
     v = v.detach()  # an object of its own, where both are one
     recorder = _Recorder(v, row)
@@ -173,8 +199,8 @@ class _Recorder(TorchDispatchMode):
         self._constants[name] = value
         return name
 
-    def compiled(self) -> Pass | None:
-        """The calls as a function, each tensor dropped after its last use."""
+    def compiled(self) -> Tape | None:
+        """The calls, each tensor dropped after its last use."""
         if self.refused:
             return None
         lines: list[str] = []
@@ -185,14 +211,9 @@ class _Recorder(TorchDispatchMode):
             lines.append(f"    {line}" + (f"; del {', '.join(last)}" if last else ""))
         scope = dict(self._constants)
         exec("\n".join(["def calls(v, row):", "    pass", *reversed(lines)]), scope)
-        calls = scope.pop("calls")
+        calls = scope.pop("calls")  # the function knows its scope, which shall not know it
         self._alive.clear()
-
-        def replay(v: Tensor, row: Tensor) -> None:
-            with recording(), torch.no_grad():
-                calls(v, row)
-
-        return replay
+        return Tape(calls, self._constants.values())
 
 
 class _Exits(TorchFunctionMode):

@@ -149,8 +149,9 @@ class TestReplayed:
     def test_threads(self, replayed, begun):
         _, H, dense = replayed
         few = vectors(len(dense), 48)
-        if not begun:
-            H.release()
+        if not begun:  # the graph is there, and the tape is still to come
+            for kept in H._linearised.values():
+                kept.piece._replayed = None
         results: list[Tensor | None] = [None] * len(few)
 
         def work(start: int) -> None:
@@ -178,6 +179,28 @@ class TestReplayed:
             assert watched() is None
         finally:
             gc.enable()
+
+
+def test_an_activation_that_someone_writes_to_is_no_constant():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = nn.Linear(4, 3).double(), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(torch.tanh(self.layer(x)))
+            return self.seen[-1]
+
+    model, (_, data) = Keeps(), network()
+    G = co.GGN(model, "classification", data)
+    for v in vectors(G.shape[1]):
+        G @ v
+    assert replays(G)
+    with torch.no_grad():
+        for activation in model.seen:
+            activation.mul_(2)
+    with pytest.raises(StaleOperatorError, match="changed in place"):
+        G @ v
 
 
 class Unsteady:
