@@ -47,6 +47,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Networks that a test initialises without a seed of its own are the same every time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A private generator, seed 0."""
