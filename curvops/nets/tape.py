@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvops.nets.patches import recording
 
@@ -115,17 +116,18 @@ class _Recorder(TorchDispatchMode):
     """Writes down calls as lines of Python.
 
     Tensors are "moving" if they depend on v or are made on the way, and have a name each; all others are constants.
+    None that moves is held: a recorded pass takes the memory of any other.
     """
 
     def __init__(self, v: Tensor, row: Tensor) -> None:
         super().__init__()
         self.refused = False
         self._v, self._row = (t.untyped_storage().data_ptr() for t in (v, row))
-        self._moving = {id(v): "v", id(row): "row"}
+        self._moving = WeakTensorKeyDictionary({v: "v", row: "row"})
+        self._named = 0
         self._constants: dict[str, Any] = {}
         self._names: dict[int, str] = {}
         self._calls: list[tuple[str, list[str], list[str]]] = []
-        self._alive: list[Any] = [v, row]  # or others would get their ids
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # which would be imported for it, and that takes a second
@@ -139,9 +141,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        self._alive += [args, kwargs, result]
         given, made = list(_tensors([*args, *kwargs.values()])), list(_tensors([result]))
-        moving = any(id(t) in self._moving for t in given)
+        moving = any(t in self._moving for t in given)
         if self._is_unfit(func, args, kwargs, [*given, *made]):
             self.refused = True
             return
@@ -168,7 +169,7 @@ class _Recorder(TorchDispatchMode):
             return True
         # What an index selects is settled where the index is: only a mask that moves selects now more, now less.
         looked_at = args[1:] if func is torch.ops.aten.index.Tensor else [*args, *kwargs.values()]
-        if any(id(t) in self._moving for t in _tensors(looked_at)) and not _BRANCHING.isdisjoint(func.tags):
+        if any(t in self._moving for t in _tensors(looked_at)) and not _BRANCHING.isdisjoint(func.tags):
             return True
         if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in tensors):
             return True
@@ -177,18 +178,19 @@ class _Recorder(TorchDispatchMode):
     def _is_ours(self, t: Tensor) -> bool:
         """Whether a tensor may be written to: made on the way, or the result, but no constant and not v."""
         place = t.untyped_storage().data_ptr()
-        return id(t) in self._moving and (place != self._v or place == self._row)
+        return t in self._moving and (place != self._v or place == self._row)
 
     def _targets(self, result: Any) -> Iterator[tuple[str, int]]:
         """New names and where in the result they stand."""
         for place, t in enumerate(result if isinstance(result, tuple | list) else [result]):
-            if isinstance(t, Tensor) and id(t) not in self._moving:
-                name = self._moving[id(t)] = f"t{len(self._moving)}"
-                yield name, place
+            if isinstance(t, Tensor) and t not in self._moving:
+                self._named += 1
+                self._moving[t] = f"t{self._named}"
+                yield self._moving[t], place
 
     def _text(self, value: Any, used: list[str]) -> str:
-        if isinstance(value, Tensor) and id(value) in self._moving:
-            used.append(self._moving[id(value)])
+        if isinstance(value, Tensor) and value in self._moving:
+            used.append(self._moving[value])
             return used[-1]
         if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
             return f"[{', '.join(self._text(item, used) for item in value)}]"
@@ -196,7 +198,7 @@ class _Recorder(TorchDispatchMode):
 
     def _constant(self, value: Any) -> str:
         name = self._names.setdefault(id(value), f"c{len(self._names)}")
-        self._constants[name] = value
+        self._constants[name] = value  # which also keeps its id its own
         return name
 
     def compiled(self) -> Tape | None:
@@ -212,7 +214,6 @@ class _Recorder(TorchDispatchMode):
         scope = dict(self._constants)
         exec("\n".join(["def calls(v, row):", "    pass", *reversed(lines)]), scope)
         calls = scope.pop("calls")  # the function knows its scope, which shall not know it
-        self._alive.clear()
         return Tape(calls, self._constants.values())
 
 

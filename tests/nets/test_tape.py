@@ -279,6 +279,22 @@ def test_views_lists_and_writes():
         assert torch.equal(row, other)
 
 
+def test_a_recording_holds_nothing_that_moves():
+    def run(v: Tensor, row: Tensor) -> None:
+        a = v.cos()
+        watched = weakref.ref(a)
+        b = a * a
+        del a
+        assert watched() is None
+        row.copy_(b)
+
+    v, row = *vectors(6, 1), torch.empty(6, dtype=torch.float64)
+    tape = record(run, v, row)
+    assert tape is not None
+    tape(2 * v, row)
+    assert torch.equal(row, (2 * v).cos().square())
+
+
 def test_an_error_while_recording_leaves_nothing_behind():
     replay, fails = Replay(), [False]
 
