@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
@@ -81,7 +82,8 @@ class Objective:
         self._cast = cast
         self.network = Network(self.model)
         self.selection = ParameterSelection(self.model, params)
-        self.likelihood: Likelihood | None = None if likelihood is None else resolve(likelihood)
+        # A copy: who turns the user's own to another scale shall not turn half of what is kept.
+        self.likelihood: Likelihood | None = None if likelihood is None else copy.copy(resolve(likelihood))
         self.source = DataSource(self._data, dict_key_x=dict_key_x, dict_key_y=dict_key_y, num_data=num_data)
         self.record = PassRecord()
         self.watch = Watch(self.model, self.source.tensors())

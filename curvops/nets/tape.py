@@ -8,7 +8,7 @@ one. A tape is these calls in a row, and nothing else:
     replay(run, v, row)        # run(v, row), which writes to row; the calls alone from the 23rd time on
 
 Recorded are the calls that depend on v, below autograd. A pass that looks at numbers (branches on them, hands them to
-NumPy, draws at random) has no tape.
+NumPy, draws at random) has no tape. Numbers that are no tensors are on it as they were.
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ class Replay:
 
     def __call__(self, run: Pass, v: Tensor, row: Tensor) -> None:
         """`run(v, row)`, or what it would do; v and row may share memory."""
-        tape, candidate = self._tape, self._candidate  # another thread may go on meanwhile
-        written = tape is not None and not tape.is_current()  # autograd says what is wrong with that
-        if self._refused or written or not (_is_plain(v) and _is_plain(row)):
+        candidate, tape = self._candidate, self._tape  # another thread may go on meanwhile
+        if self._refused or not (_is_plain(v) and _is_plain(row)):
             run(v, row)
             return
         if tape is not None:
-            tape(v, row)
-            return
+            if tape.is_current():
+                tape(v, row)
+                return
+            self._tape, self._runs = None, 0  # to be taken again, if autograd does not object
         self._runs += 1
         if self._runs <= _BEFORE:
             run(v, row)
@@ -70,12 +71,29 @@ class Replay:
             self._candidate = record(run, v, row)
             self._refused = self._candidate is None
         else:
-            again, copy = torch.empty_like(row), v.clone()
-            run(v, row)
-            candidate(copy, again)
-            self._refused = not torch.equal(again, row)
+            self._refused = not _agrees(candidate, run, v, row)
             self._tape = None if self._refused else candidate
             self._candidate = None
+
+
+def _agrees(candidate: Tape, run: Pass, v: Tensor, row: Tensor) -> bool:
+    """`run(v, row)`, and whether the tape says the same, here and on a vector that nobody has seen.
+
+    What the tape did not see would be a constant on it, and agree with a vector that comes again. The tape goes first,
+    so that no memory holds what it is to find.
+    """
+    generator = torch.Generator().manual_seed(0)
+    unseen = torch.randn(len(v), dtype=torch.float64, generator=generator).to(v.dtype)
+    again, agreed = torch.empty_like(row), True
+    for w in (unseen, v.clone()):
+        if agreed:
+            try:
+                candidate(w, again)
+            except Exception:  # the pass itself has an answer
+                agreed = False
+        run(w, row)
+        agreed = agreed and torch.equal(again, row)
+    return agreed
 
 
 class Tape:
@@ -137,7 +155,10 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self.refused:
-            self._note(func, args, kwargs, result)
+            try:
+                self._note(func, args, kwargs, result)
+            except RuntimeError:  # a tensor without memory of its own; the pass shall not fail for its tape
+                self.refused = True
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -171,7 +192,7 @@ class _Recorder(TorchDispatchMode):
         looked_at = args[1:] if func is torch.ops.aten.index.Tensor else [*args, *kwargs.values()]
         if any(t in self._moving for t in _tensors(looked_at)) and not _BRANCHING.isdisjoint(func.tags):
             return True
-        if any(type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided for t in tensors):
+        if not all(_is_dense(t) for t in tensors):
             return True
         return any(not self._is_ours(t) for t in _written(func, args, kwargs))
 
@@ -251,10 +272,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _is_plain(t: Tensor) -> bool:
     """Whether a vector is one that calls below autograd may be made with, on a processor, entry after entry."""
+    return _is_dense(t) and t.device.type == "cpu" and t.stride() == (1,) and not t.is_inference()
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether a tensor is numbers in memory, and nothing around them."""
     return (
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and t.stride() == (1,)
-        and not t.is_inference()
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.layout == torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore[reportAttributeAccessIssue]
     )

@@ -152,6 +152,7 @@ class Content:
         self._lock = threading.Lock()
         self._views = [_Bits(t) for t in tensors]
         self._sizes = [bits.size for bits in self._views]
+        self._resized: list[int] = []
         self._arrange()
         with torch.no_grad():
             self._kept = [digest.read().clone() for digest in self._digests]
@@ -163,10 +164,12 @@ class Content:
             if moved:
                 for i in moved:
                     self._views[i] = _Bits(self._tensors[i])
-                others = [i for i in moved if self._views[i].size != self._sizes[i]]
-                if others:
-                    return others
-                self._arrange()
+                pairs = enumerate(zip(self._views, self._sizes, strict=True))
+                self._resized = [i for i, (bits, size) in pairs if bits.size != size]
+                if not self._resized:
+                    self._arrange()
+            if self._resized:  # until they are what they were, there is nothing to compare
+                return list(self._resized)
             now = [digest.read() for digest in self._digests]
             if all(_same_bits(kept, values) for kept, values in zip(self._kept, now, strict=True)):
                 return []

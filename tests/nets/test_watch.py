@@ -185,6 +185,19 @@ class TestContent:
         t[3, 4] += 1
         assert content.changed() == [0]
 
+    @pytest.mark.parametrize("size", [3, 5000])
+    @pytest.mark.parametrize("other", [torch.ones(1), torch.zeros(7000), torch.zeros(3, dtype=torch.float64)])
+    def test_another_size_until_it_is_put_back(self, size, other):
+        t, beside = torch.zeros(size), torch.zeros(4)
+        content, original = Content([t, beside]), t.data
+        t.data = other
+        beside += 1
+        assert content.changed() == content.changed() == content.changed() == [0]
+        t.data = original.clone()
+        assert content.changed() == content.changed() == [1]
+        beside -= 1
+        assert content.changed() == content.changed() == []
+
     def test_memory_is_bounded(self):
         content = Content([torch.zeros(1000, 1000)])
         assert sum(kept.numel() for kept in content._kept) < 2 * (1024 + 1021)
