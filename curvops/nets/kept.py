@@ -111,6 +111,11 @@ class Kept:
         return rows.T
 
     @property
+    def on_tape(self) -> bool | None:
+        """Whether products are replayed; False where a pass may make other calls, None before it is known."""
+        return None if self._replayed is None else self._replayed[1].replays
+
+    @property
     def graph_bytes(self) -> int:
         """Bytes that the kept graphs hold."""
         raise NotImplementedError

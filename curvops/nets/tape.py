@@ -49,9 +49,9 @@ class Replay:
         self._refused = False
 
     @property
-    def replays(self) -> bool:
-        """Whether there is a tape."""
-        return self._tape is not None
+    def replays(self) -> bool | None:
+        """Whether there is a tape; None before it was tried."""
+        return False if self._refused else True if self._tape is not None else None
 
     def __call__(self, run: Pass, v: Tensor, row: Tensor) -> None:
         """`run(v, row)`, or what it would do; v and row may share memory."""

@@ -274,7 +274,7 @@ def test_no_tape_of_what_may_differ(name, often):
         getattr(other, name)(theirs, expected)
         assert torch.equal(row, expected) or name == "counts"
         assert torch.equal(mine, theirs)
-    assert not replay.replays
+    assert replay.replays is False
 
 
 def test_a_pass_with_transforms_of_its_own_goes_on():
@@ -283,6 +283,24 @@ def test_a_pass_with_transforms_of_its_own_goes_on():
         row = torch.empty(5, dtype=torch.float64)
         replay(Unsteady.transforms, v, row)
         assert reference.relative_error(row, 6 * v**2) < 1e-14
+
+
+def test_explain_says_what_is_replayed_and_what_is_not():
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            y.register_hook(lambda g: g * 1 if bool(g.sum() > 0) else g)
+            return y
+
+    model, data = network()
+    for net, words in ((model, "1 replayed from tapes"), (Branches(*model), "1 whose calls may differ and are not")):
+        G = co.GGN(net, "classification", data)
+        G @ vectors(G.shape[1])[0]
+        assert "tapes" not in G.explain("matvec")
+        assert "differ" not in G.explain("matvec")
+        for v in vectors(G.shape[1]):
+            G @ v
+        assert words in G.explain("matvec")
 
 
 def test_a_likelihood_that_changes_later():

@@ -38,6 +38,11 @@ class Piece(Protocol):
         """What it holds, with what its first product will add, and what a product takes; a walk over the graph."""
         ...
 
+    @property
+    def on_tape(self) -> bool | None:
+        """Whether its products are replayed; None before it is known."""
+        ...
+
     def release(self) -> None:
         """Drop the graph."""
         ...
@@ -266,10 +271,12 @@ class DataOperator(LinearOperator):
             mix = f"{kept} batches kept so far" if kept else "nothing kept yet"
         else:
             mix = f"{kept} batches kept, {batches - kept} recomputed in each product"
+        tapes = [entry.piece.on_tape for entry in self._linearised.values()]
+        mix += f", {tapes.count(True)} replayed from tapes" if True in tapes else ""
+        mix += f", {tapes.count(False)} whose calls may differ and are not" if False in tapes else ""
         return (
             f"double backward on one graph per batch, cache={self._policy!r} ({mix}), "
-            f"columns together on small graphs and accelerators, else in turn, replayed from a tape after twenty "
-            f"on a processor"
+            f"columns together on small graphs and accelerators, else in turn"
         )
 
     def _formula(self) -> Formula:

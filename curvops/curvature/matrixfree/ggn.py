@@ -46,6 +46,11 @@ class LinearPiece:
         found = self.linearisation.footprint
         return found if self.linearisation.has_adjoint else found._replace(held=2 * found.held)
 
+    @property
+    def on_tape(self) -> bool | None:
+        """Whether its products are replayed; None before it is known."""
+        return self.linearisation.on_tape
+
     def release(self) -> None:
         """Drop the graphs."""
         self.linearisation.release()
