@@ -21,7 +21,7 @@ from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
 from curvops.nets.mixing import require_independent
-from curvops.nets.ownership import WITNESSES, AtEdges, LayerGraph, Layout, Plan, Reading, edge_key
+from curvops.nets.ownership import WITNESSES, AtEdges, LayerGraph, Layout, Needs, Plan, Reading, edge_key, shown_layouts
 from curvops.nets.parameters import ParameterSelection
 
 Place = Literal["everywhere", "head", "body"]
@@ -42,29 +42,46 @@ class Layers:
         network: The network.
         selection: The parameters. Flat indices are not looked at: factors are those of whole parameters.
         byte_budget: Working memory of the fallback's chunks.
+        needs: What must be known of the rows.
     """
 
-    def __init__(self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28) -> None:
-        self.network, self.selection, self.byte_budget = network, selection, byte_budget
+    def __init__(
+        self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28, needs: Needs = "all"
+    ) -> None:
+        self.network, self.selection, self.byte_budget, self.needs = network, selection, byte_budget, needs
+        self.recomputes = False
+        """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""
         self._plans: dict[object, Plan] = {}
-        self._plan: Plan | None = None
+        self._bytes_per_example = 0
+        self._few: tuple[Capture, Inputs, int] | None = None
         self._witnessed: Tensor | None = None
+
+    def needing(self, needs: Needs) -> Layers:
+        """The same, with nothing learned yet."""
+        return Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs)
 
     @property
     def bytes_per_example(self) -> int:
         """Bytes that the kept graph takes per example; 0 before anything was learned."""
-        return 0 if self._plan is None else self._plan.bytes_per_example
+        return self._bytes_per_example
 
     def learn(self, x: Inputs, size: int) -> None:
-        """Work out, on the first examples of a batch of `size`, which rows are whose; once that is certain, nothing.
+        """Work out, on a few examples of a batch of `size`, which rows are whose; once that is certain, nothing.
 
         Examples of another shape (longer sequences) are another matter. One example alone does not say where others
-        would lie, nor do gradients that are all zero: the next batch is asked again.
+        would lie, nor do gradients that are all zero: the next batch is asked again. What shapes may show is left open
+        until there is another batch to compare with, which `capture` makes.
         """
         kind = _example_shapes(x, size)
-        self._plan = self._plans.get(kind)
-        if self._plan is None or (not self._plan.certain and size > 1):
-            self._plan = self._plans[kind] = self._learned(x, size)
+        plan = self._plans.get(kind)
+        if plan is None or (not plan.certain and size > 1):
+            if self.needs != "all" and size > WITNESSES:
+                # Not the first ones: examples that depend on a neighbour have another one here than among all.
+                few = Capture(self, _copied(take(x, 1, 1 + WITNESSES, size)))
+                self._few, self._bytes_per_example = (few, x, size), few.graph_bytes // WITNESSES
+                return
+            plan = self._plans[kind] = self._learned(x, size)
+        self._bytes_per_example = plan.bytes_per_example
 
     def capture(self, x: Inputs, size: int) -> Capture:
         """One forward over a batch of `size`, ready to be asked for factors.
@@ -72,18 +89,31 @@ class Layers:
         Raises:
             DependentExamplesError: An example's outputs depend on the other examples.
         """
-        self.learn(x, size)
-        assert self._plan is not None
+        if self._few is None:
+            self.learn(x, size)
+        kind, few, self._few = _example_shapes(x, size), self._few, None
+        if few is not None and size <= WITNESSES:  # a chunk too small to be compared with
+            self._plans[kind], few = self._learned(*few[1:]), None
         batch = Capture(self, x)
-        batch._recomputes = self._plan.recomputes
+        if few is not None:
+            self._plans[kind] = self._shown(few[0], batch, x, size)
         if self._witnessed is not None:
             both = min(len(self._witnessed), len(batch.outputs))
             require_independent(self.network, x, size, self._witnessed[:both], batch.outputs[:both])
             self._witnessed = None
-        if not batch.read(self._plan, size):  # the forward does something else with this batch
+        if not batch.read(self._plans[kind], size):  # the forward does something else with this batch
             self._require_alone(x, size, batch.outputs)
             batch.read(batch.learned(), size)
         return batch
+
+    def _shown(self, few: Capture, batch: Capture, x: Inputs, size: int) -> Plan:
+        """What the shapes of a few of a batch's examples show beside its own; where that is too little, a pass."""
+        of_whole = batch.outputs[1 : 1 + WITNESSES]
+        require_independent(self.network, x, size, few.outputs, of_whole, start=1)
+        layouts = shown_layouts(few, batch, self.needs)
+        if layouts is None:
+            return self._learned(x, size)
+        return Plan(layouts, few.signature(), self._bytes_per_example, True)
 
     def _learned(self, x: Inputs, size: int) -> Plan:
         count = min(size, WITNESSES)
@@ -102,7 +132,7 @@ class Layers:
             self._require_alone(x, size, few.outputs)
         # The batch starts with the witnesses: there their outputs are compared, in all its company.
         self._witnessed = few.outputs
-        return Plan(layouts, few.signature(), few.graph_bytes // count, sure, few._recomputes)
+        return Plan(layouts, few.signature(), few.graph_bytes // count, sure)
 
     def _require_alone(self, x: Inputs, size: int, outputs: Tensor) -> None:
         """Refuse a batch whose first example has other outputs when it is alone."""
@@ -122,6 +152,7 @@ class Capture(LayerGraph):
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
         super().__init__(layers.network, layers.selection, x)
+        self._recomputes = layers.recomputes
         self._layers, self._x = layers, x
         self._readings: list[list[Reading] | None] = []
         self._values: dict[tuple[int, int], Tensor] = {}
@@ -168,6 +199,7 @@ class Capture(LayerGraph):
             return Factors(self.selection.sizes[i], parts) if parts else None
 
         result = self._guarded(lambda: [read(i, readings) for i, readings in enumerate(wanted)])
+        self._layers.recomputes = self._recomputes
         if self.fallback:
             for i, rows in zip(self.fallback, self._rows(U), strict=True):
                 result[i] = Factors(self.selection.sizes[i], [Direct(rows)])

@@ -20,20 +20,23 @@ class DependentExamplesError(UnsupportedError):
     """An example's outputs depend on the other examples of its batch."""
 
 
-def require_independent(network: Network, x: Inputs, size: int, few: Tensor, of_whole: Tensor) -> None:
-    """Raise unless the first examples have the same outputs in less company as in the whole batch.
+def require_independent(
+    network: Network, x: Inputs, size: int, few: Tensor, of_whole: Tensor, start: int = 0
+) -> None:
+    """Raise unless a few examples have the same outputs in less company as in the whole batch.
 
     Args:
         network, x, size: The network and the batch, to name the module that mixes; up to two forwards, on failure only.
-        few: Outputs of the first examples, without the others.
+        few: Outputs of some examples, without the others.
         of_whole: Outputs of the same examples among all.
+        start: Where in the batch they begin.
 
     Raises:
         DependentExamplesError: They differ.
     """
     if close(few, of_whole):
         return
-    found = _mixing_module(network, x, size, len(few))
+    found = _mixing_module(network, x, size, start, start + len(few))
     where = "the model" if found is None else found
     raise DependentExamplesError(
         f"an example's outputs depend on the other examples of its batch (the same example alone gives other outputs): "
@@ -42,20 +45,21 @@ def require_independent(network: Network, x: Inputs, size: int, few: Tensor, of_
     )
 
 
-def _mixing_module(network: Network, x: Inputs, size: int, few: int) -> str | None:
+def _mixing_module(network: Network, x: Inputs, size: int, start: int, stop: int) -> str | None:
     """The innermost module that makes different outputs of the same inputs, for a few examples and among all of them.
 
     None where that cannot be told.
     """
     try:
-        alone, together = _watched(network, take(x, 0, few, size)), _watched(network, x)
+        alone, together = _watched(network, take(x, start, stop, size)), _watched(network, x)
     except Exception:  # what is looked for is a better message, and no second error should hide the first
         return None
     modules = dict(network.module.named_modules())
     for (path, a_in, a_out), (other, b_in, b_out) in zip(alone, together, strict=False):
         if path != other:
             return None
-        if _agree(_rows(a_in, b_in, few, size)) and not _agree(_rows(a_out, b_out, few, size)):
+        part = slice(start, stop)
+        if _agree(_rows(a_in, b_in, part, size)) and not _agree(_rows(a_out, b_out, part, size)):
             return f"module {path or '(the model itself)'!r} ({type(modules[path]).__name__})"
     return None
 
@@ -89,12 +93,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _rows(alone: list[Tensor], together: list[Tensor], few: int, size: int) -> list[tuple[Tensor, Tensor]]:
+def _rows(alone: list[Tensor], together: list[Tensor], part: slice, size: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs that should be equal: those of a few examples, and their rows among all; others cannot be compared."""
     return [
-        (a, b[:few])
+        (a, b[part])
         for a, b in zip(alone, together, strict=False)
-        if a.dim() > 0 and a.dim() == b.dim() and len(a) == few and len(b) == size and a.shape[1:] == b.shape[1:]
+        if a.dim() > 0 and a.dim() == b.dim() and len(a) == part.stop - part.start and len(b) == size and a.shape[1:] == b.shape[1:]
     ]
 
 

@@ -1,8 +1,9 @@
 """The graph of one batch, the places where parameters are used in it, and which rows there belong to which examples.
 
 Operations see rows, and whose they are is not written anywhere: an example's rows may follow each other, or lie one by
-one between those of the others, or be shared by all. It is found out by sending a cotangent through single examples,
-and looking where it arrives.
+one between those of the others, or be shared by all. Mostly the shapes of two batches show it: the axis that is
+longer where there are more examples is theirs. Otherwise it is found out by sending a cotangent through single
+examples, and looking where it arrives.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ AtEdges = dict[tuple[Any, int], Tensor | None]
 Layout = Literal["batch first", "batch last", "shared"]
 """How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
 
+Needs = Literal["terms", "examples", "all"]
+"""What must be known of rows: that each is of one example, where they are terms of a sum over all; which belong to one
+example, where those of one place are put together; or which example, where those of several places are."""
+
 WITNESSES = 2
 """Examples on which the rows' ownership is established."""
 
@@ -50,8 +55,6 @@ class Plan:
     signature: list[list[tuple[str, int, float]]]
     bytes_per_example: int
     certain: bool
-    recomputes: bool = False
-    """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""
 
 
 class LayerGraph(Kept):
@@ -92,6 +95,10 @@ class LayerGraph(Kept):
             [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
             for sites, taps in zip(self._sites, self._taps, strict=True)
         ]
+
+    def taps(self) -> list[list[tuple[Site, Tap | None]]]:
+        """Per parameter its sites, and how each is read."""
+        return [list(zip(sites, taps, strict=True)) for sites, taps in zip(self._sites, self._taps, strict=True)]
 
     def learned(self) -> Plan:
         """What this batch itself says of its rows, by a backward of its own."""
@@ -211,6 +218,58 @@ class LayerGraph(Kept):
         tensor = self.selection.tensors[site.parameter]
         place = placement(site, tensor)
         return None if place is None else tap(site, place, tensor.shape)
+
+
+def shown_layouts(few: LayerGraph, whole: LayerGraph, needs: Needs) -> list[list[Layout] | None] | None:
+    """The layouts that shapes show: those of a batch beside those of another number of examples. No pass is made.
+
+    That examples do not depend on each other is for the caller to compare: then what has rows in proportion to their
+    number has them for each apart. Which example owns which, under a permutation, no shape shows.
+
+    Returns:
+        As `LayerGraph.layouts`; None where shapes leave open what is needed.
+    """
+    if needs == "all" or len(few.outputs) == len(whole.outputs):
+        return None
+    found: list[list[Layout] | None] = []
+    for mine, theirs in zip(few.taps(), whole.taps(), strict=True):
+        several = len(mine) > 1
+        if len(mine) != len(theirs):
+            return None
+        layouts: list[Layout] | None = []
+        for (site, t), (other, u) in zip(mine, theirs, strict=True):
+            if (site.name, site.slot) != (other.name, other.slot) or (t is None) != (u is None):
+                return None
+            if t is None or u is None:
+                layouts = None
+                continue
+            if t.rows == u.rows and shape_at(t.edge) == shape_at(u.edge):
+                shared = [graph._shared(s, r, len(graph.outputs)) for graph, s, r in ((few, site, t), (whole, other, u))]
+                layouts = None if None in shared or layouts is None else [*layouts, "shared"]
+                continue
+            if several and (needs == "examples" or t.kind == "direct"):
+                return None
+            layout = _shown(t, u, len(few.outputs), len(whole.outputs), needs)
+            if layout is None:
+                return None
+            layouts = None if layouts is None else [*layouts, layout]
+        found.append(layouts)
+    return found
+
+
+def _shown(t: Tap, u: Tap, b: int, B: int, needs: Needs) -> Layout | None:
+    """The layout of rows that are t's among b examples and u's among B; None where the two do not show it."""
+    if t.rows * B != u.rows * b:
+        return None
+    if u.rows == B or (needs == "terms" and t.kind != "direct"):
+        return "batch first"
+    s, S = shape_at(t.edge), shape_at(u.edge)
+    axes = [i for i, (n, N) in enumerate(zip(s, S, strict=True)) if n != N] if len(s) == len(S) else []
+    if len(axes) != 1 or (s[axes[0]], S[axes[0]]) != (b, B):
+        return None
+    if S[: axes[0]].numel() == 1:
+        return "batch first"
+    return "batch last" if S[: axes[0] + 1].numel() == u.rows else None
 
 
 class _Reached:

@@ -22,6 +22,7 @@ from curvops.nets.capture import Capture, Layers, Place
 from curvops.nets.factors import Factors
 from curvops.nets.forward import take
 from curvops.nets.likelihood import Likelihood
+from curvops.nets.ownership import Needs
 
 WORKING_BYTES = 2**28
 """A chunk takes no more than this, however large the budget: larger ones only leave the caches."""
@@ -63,6 +64,8 @@ class LayerPass:
         report_unused: Warn once of parameters that the outputs do not depend on.
         narrow: Allow a last layer columns of its own, and the parameters behind it fewer: for what is a sum over the
             columns of each parameter (and a bias's weight) alone.
+        needs: What must be known of the layers' rows, as for `Layers`; with "terms" whose they are is found out where
+            not all of the targets count.
 
     Attributes:
         fallback: Names of the parameters that no layer rule covers, known after a pass.
@@ -78,10 +81,11 @@ class LayerPass:
         examples: Callable[[int], int] | None = None,
         report_unused: bool = True,
         narrow: bool = False,
+        needs: Needs = "all",
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
-        self.layers = Layers(objective.network, objective.selection)
+        self.layers = Layers(objective.network, objective.selection, needs=needs)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
         self._reported = not report_unused
@@ -121,6 +125,9 @@ class LayerPass:
                 with torch.no_grad():
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = _active(likelihood, capture.outputs, part.y)
+                if self.layers.needs == "terms" and not bool(active.all()):
+                    self.layers = self.layers.needing("examples")
+                    continue
                 # How many columns there are is known now: a chunk that proves too large is made smaller, once.
                 fitting = min(self._examples(room, columns.count), size)
                 if fitting < len(part.y) and self._together:

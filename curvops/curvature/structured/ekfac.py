@@ -142,7 +142,7 @@ class _Corrected:
         parts = self.sums.parts()
         bases = [[_Basis.of(one) for one in group] for group in statistics]
         with torch.no_grad():
-            for step in LayerPass(self.sums.objective, self.sums.cotangents, narrow=True):
+            for step in LayerPass(self.sums.objective, self.sums.cotangents, narrow=True, needs="examples"):
                 for units, group in zip(parts, bases, strict=True):
                     for unit, basis in zip(units, group, strict=True):
                         factors = None if basis is None else unit.of(step.factors)

@@ -168,7 +168,9 @@ class Sums:
     def __init__(self, objective: Objective, cotangents: Cotangents, choice: Choice) -> None:
         self.objective, self.cotangents, self.choice = objective, cotangents, choice
         self.units = units_of(objective.model, objective.selection, choice.weight_and_bias)
-        self.passes = LayerPass(objective, cotangents, narrow=True)
+        # Every position is a term of its own, or those of an example are averaged.
+        needs = "terms" if choice.approx == "expand" else "examples"
+        self.passes = LayerPass(objective, cotangents, narrow=True, needs=needs)
         self._lock = threading.Lock()
         self._apart: set[tuple[int, ...]] = set()
         self._exact: set[tuple[int, ...]] = set()
