@@ -20,19 +20,13 @@ from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
 from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
+from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, edge_key
 from curvops.nets.mixing import require_independent
-from curvops.nets.ownership import WITNESSES, AtEdges, LayerGraph, Layout, Needs, Plan, Reading, edge_key, shown_layouts
+from curvops.nets.ownership import WITNESSES, Needs, Plan, layouts_by_pass, layouts_by_shapes, plan_of_batch
 from curvops.nets.parameters import ParameterSelection
 
 Place = Literal["everywhere", "head", "body"]
 """Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
-
-_BY_INDEX = frozenset(
-    f"{name}Backward0"
-    for name in ("Index", "IndexSelect", "IndexPut", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Take",
-                 "MaskedSelect", "MaskedScatter", "Sort", "Topk")
-)  # fmt: skip
-"""Operations that move rows to places that depend on the data."""
 
 
 class Layers:
@@ -43,12 +37,22 @@ class Layers:
         selection: The parameters. Flat indices are not looked at: factors are those of whole parameters.
         byte_budget: Working memory of the fallback's chunks.
         needs: What must be known of the rows.
+        few: Whether few cotangents pass over each graph.
     """
 
     def __init__(
-        self, network: Network, selection: ParameterSelection, *, byte_budget: int = 2**28, needs: Needs = "all"
+        self,
+        network: Network,
+        selection: ParameterSelection,
+        *,
+        byte_budget: int = 2**28,
+        needs: Needs = "all",
+        few: bool = False,
     ) -> None:
-        self.network, self.selection, self.byte_budget, self.needs = network, selection, byte_budget, needs
+        self.network, self.selection, self.byte_budget = network, selection, byte_budget
+        self.needs: Needs = needs
+        self.recorded = Network(network.module, fused=True) if few else network
+        """The network as graphs of it are recorded."""
         self.recomputes = False
         """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""
         self._plans: dict[object, Plan] = {}
@@ -58,7 +62,8 @@ class Layers:
 
     def needing(self, needs: Needs) -> Layers:
         """The same, with nothing learned yet."""
-        return Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs)
+        few = self.recorded is not self.network
+        return Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few)
 
     @property
     def bytes_per_example(self) -> int:
@@ -103,14 +108,14 @@ class Layers:
             self._witnessed = None
         if not batch.read(self._plans[kind], size):  # the forward does something else with this batch
             self._require_alone(x, size, batch.outputs)
-            batch.read(batch.learned(), size)
+            batch.read(plan_of_batch(batch), size)
         return batch
 
     def _shown(self, few: Capture, batch: Capture, x: Inputs, size: int) -> Plan:
         """What the shapes of a few of a batch's examples show beside its own; where that is too little, a pass."""
         of_whole = batch.outputs[1 : 1 + WITNESSES]
         require_independent(self.network, x, size, few.outputs, of_whole, start=1)
-        layouts = shown_layouts(few, batch, self.needs)
+        layouts = layouts_by_shapes(few, batch, self.needs)
         if layouts is None:
             return self._learned(x, size)
         return Plan(layouts, few.signature(), self._bytes_per_example, True)
@@ -120,9 +125,9 @@ class Layers:
         while True:
             few = Capture(self, _copied(take(x, 0, count, size)))
             # Where these are all there are, nothing later shows that rows were as many as examples by chance.
-            layouts, sure = few.layouts([count // 2] if count < size else range(count))
+            layouts, sure = layouts_by_pass(few, [count // 2] if count < size else range(count))
             if not sure:
-                layouts, sure = few.layouts(range(count))
+                layouts, sure = layouts_by_pass(few, range(count))
             # A pair whose rows are not apart may be mixed as all pairs are: a third has no partner.
             paired = count == 2 and None in layouts
             if count == size or (sure and not paired):
@@ -151,7 +156,7 @@ class Capture(LayerGraph):
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
-        super().__init__(layers.network, layers.selection, x)
+        super().__init__(layers.recorded, layers.selection, x)
         self._recomputes = layers.recomputes
         self._layers, self._x = layers, x
         self._readings: list[list[Reading] | None] = []
@@ -187,7 +192,7 @@ class Capture(LayerGraph):
         edges = [r.tap.edge for readings in wanted for r in readings]
         rows = U.movedim(-1, 0).flatten(1, -2)
         if head is None:
-            grads = self._pulled_to(edges, U, last=last)
+            grads = self.pulled_to(edges, U, last=last)
         elif place == "head":
             grads: AtEdges = {edge_key(head.output): rows}
         else:
@@ -229,7 +234,7 @@ class Capture(LayerGraph):
                 name, slot, per_example = plan.signature[i][j]
                 same = mine[i][j][:2] == (name, slot)
                 if layout == "shared":
-                    reading = None if t is None or not same else self._shared(self._sites[i][j], t, size)
+                    reading = None if t is None or not same else self.shared(self._sites[i][j], t, size)
                 else:
                     fits = t is not None and same and t.rows == per_example * size
                     reading = Reading(t, layout) if t is not None and fits else None
@@ -248,13 +253,13 @@ class Capture(LayerGraph):
         Only for networks that move rows about by index (routing, sorting), where one batch does not tell of the next.
         """
         B = self.outputs.shape[0]
-        if B == 1 or not any(node.name() in _BY_INDEX for node in self._users):
+        if B == 1 or not self.moves_by_index:
             return
         chosen = torch.rand(B, generator=torch.Generator().manual_seed(B)) < 0.5
         chosen[0], chosen[-1] = True, False
         others = (~chosen).to(self.outputs.device)
-        U = self._through(chosen)
-        reached = self._pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
+        U = self.through(chosen)
+        reached = self.pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
         for i, readings in enumerate(self._readings):
             for r in readings or ():
                 g = reached[edge_key(r.tap.edge)]
@@ -308,7 +313,7 @@ class Capture(LayerGraph):
         some = ParameterSelection(self._network.module, names)
         cotangents = U.movedim(-1, 1)
         budget = self._layers.byte_budget
-        chunks = example_rows(self._network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
+        chunks = example_rows(self._layers.network, some, self._x, cotangents, f=self.outputs, byte_budget=budget)
         rows = torch.cat([r for _, r, _ in chunks]).transpose(0, 1)
         return list(rows.split(list(some.sizes), dim=-1))
 

@@ -20,9 +20,7 @@ class DependentExamplesError(UnsupportedError):
     """An example's outputs depend on the other examples of its batch."""
 
 
-def require_independent(
-    network: Network, x: Inputs, size: int, few: Tensor, of_whole: Tensor, start: int = 0
-) -> None:
+def require_independent(network: Network, x: Inputs, size: int, few: Tensor, of_whole: Tensor, start: int = 0) -> None:
     """Raise unless a few examples have the same outputs in less company as in the whole batch.
 
     Args:
@@ -98,7 +96,11 @@ def _rows(alone: list[Tensor], together: list[Tensor], part: slice, size: int) -
     return [
         (a, b[part])
         for a, b in zip(alone, together, strict=False)
-        if a.dim() > 0 and a.dim() == b.dim() and len(a) == part.stop - part.start and len(b) == size and a.shape[1:] == b.shape[1:]
+        if a.dim() > 0
+        and a.dim() == b.dim()
+        and len(a) == part.stop - part.start
+        and len(b) == size
+        and a.shape[1:] == b.shape[1:]
     ]
 
 

@@ -143,12 +143,13 @@ def recording() -> Iterator[None]:
 
 
 @contextmanager
-def differentiable(*, recurrent: bool = False, plain: bool = False) -> Iterator[None]:
+def differentiable(*, recurrent: bool = False, plain: bool = False, fused: bool = False) -> Iterator[None]:
     """Kernels with second derivatives, autograd on, autocast off; all put back on the way out.
 
     Args:
         recurrent: Switch the fused cuDNN and oneDNN recurrences off.
         plain: Intercept the kernels of `PlainKernels`.
+        fused: Leave attention its fused kernels, which have first derivatives only.
 
     Raises:
         UnsupportedError: within, at a checkpoint with `use_reentrant=True`. Its backward needs `.backward()`, and where
@@ -157,7 +158,8 @@ def differentiable(*, recurrent: bool = False, plain: bool = False) -> Iterator[
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(recording())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not fused:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(_plain_recurrence())
         if plain:

@@ -8,8 +8,9 @@ from untouched import untouched
 
 from curvops.errors import UnsupportedError
 from curvops.nets.capture import Layers
-from curvops.nets.factors import block, gram
+from curvops.nets.factors import Direct, Lookup, Outer, block, gram
 from curvops.nets.forward import Network
+from curvops.nets.ownership import Needs
 from curvops.nets.parameters import ParameterSelection
 from curvops.testing.problems import Problem, problem, problems
 
@@ -17,11 +18,14 @@ WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
 EVERY = pytest.mark.parametrize("p", WHOLE, ids=lambda p: p.name)
 
 
-def captured(p: Problem, K: int = 3):
+NEEDS = pytest.mark.parametrize("needs", ["all", "examples"])
+
+
+def captured(p: Problem, K: int = 3, needs: Needs = "all"):
     model = p.model()
     x = p.data()[0]
     selection = ParameterSelection(model, p.params)
-    layers = Layers(Network(model), selection)
+    layers = Layers(Network(model), selection, needs=needs)
     batch = layers.capture(x, reference.length(x))
     generator = torch.Generator().manual_seed(3)
     U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64)
@@ -38,8 +42,9 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 
 @EVERY
-def test_per_example_gradients(p):
-    batch, factors, expected = captured(p)
+@NEEDS
+def test_per_example_gradients(p, needs):
+    batch, factors, expected = captured(p, needs=needs)
     for i, (factor, rows) in enumerate(zip(factors, expected, strict=True)):
         if factor is None:
             assert i in batch.unused
@@ -57,6 +62,31 @@ def test_blocks_and_inner_products(p):
         check(gram(f, f), torch.einsum("kbp,lcp->bkcl", rows, rows))
         for h, columns in present:
             check(block(f, h), torch.einsum("kbp,kbq->pq", rows, columns))
+
+
+@EVERY
+def test_terms_of_sums_are_the_same_whoever_they_belong_to(p):
+    _, terms, _ = captured(p, needs="terms")
+    _, whole, _ = captured(p)
+    for mine, theirs in zip(terms, whole, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is None or theirs is None:
+            continue
+        for part, other in zip(mine.parts, theirs.parts, strict=True):
+            assert type(part) is type(other)
+            if isinstance(part, Direct):  # per example at every level
+                check(part.rows, other.rows)
+                continue
+            check(_second_moment(part.g), _second_moment(other.g))
+            if isinstance(part, Outer):
+                check(_second_moment(part.a), _second_moment(other.a))
+            if isinstance(part, Lookup):
+                assert torch.equal(part.index.flatten().sort().values, other.index.flatten().sort().values)
+
+
+def _second_moment(t: Tensor) -> Tensor:
+    t = t.flatten(0, -2)
+    return t.T @ t
 
 
 @EVERY
@@ -169,7 +199,8 @@ FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4}
 
 
 @pytest.mark.parametrize("name", EXTRA)
-def test_per_example_gradients_beyond_the_zoo(name):
+@NEEDS
+def test_per_example_gradients_beyond_the_zoo(name, needs):
     model, shape = EXTRA[name]
     generator = torch.Generator().manual_seed(5)
     model = model.double().eval()
@@ -182,7 +213,7 @@ def test_per_example_gradients_beyond_the_zoo(name):
         x = torch.randn(*shape, generator=generator, dtype=torch.float64)
     selection = ParameterSelection(model)
     with untouched(model):
-        batch = Layers(Network(model), selection).capture(x, reference.length(x))
+        batch = Layers(Network(model), selection, needs=needs).capture(x, reference.length(x))
         U = torch.randn(*batch.outputs.shape, 2, generator=generator, dtype=torch.float64)
         factors = batch.factors(U)
     J = reference.jacobian(model, x)
@@ -195,11 +226,12 @@ def test_per_example_gradients_beyond_the_zoo(name):
     assert len(batch.fallback) == FALLBACK.get(name, 0)
 
 
-def test_examples_that_mix_are_refused():
+@NEEDS
+def test_examples_that_mix_are_refused(needs):
     model = Model(lambda m, x: m.body(x - x.mean(0)), body=nn.Linear(3, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedError, match="depend on the other examples"):
-        Layers(Network(model), ParameterSelection(model)).capture(x, reference.length(x))
+        Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, reference.length(x))
 
 
 def test_a_second_batch_of_another_structure_is_examined_anew():
@@ -228,7 +260,8 @@ def test_a_first_batch_that_tells_nothing_decides_nothing():
         check(got, J)
 
 
-def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
+@NEEDS
+def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order(needs):
     def forward(m, x):  # as many rows as examples, in an order that each batch decides
         order = x[:, 0].argsort()
         return m.head(torch.tanh(m.body(x[order]))[order.argsort()])
@@ -236,7 +269,7 @@ def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
     model = Model(forward, body=nn.Linear(2, 3), head=nn.Linear(3, 2)).double()
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[:2] = x[:2][x[:2, 0].argsort()]  # the first two are in order, the others are not
-    batch = Layers(Network(model), ParameterSelection(model)).capture(x, 6)
+    batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, 6)
     U = torch.ones(6, 2, 1, dtype=torch.float64)
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
@@ -244,7 +277,8 @@ def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])
-def test_examples_that_mix_in_pairs_are_refused(size):
+@pytest.mark.parametrize("needs", ["all", "examples", "terms"])
+def test_examples_that_mix_in_pairs_are_refused(size, needs):
     def forward(m, x):  # the first two make a pair of their own, among themselves and among all
         h = torch.tanh(m.body(x))
         h = torch.cat([h, h.new_zeros(len(x) % 2, 4)]).reshape(-1, 2, 4)
@@ -253,20 +287,21 @@ def test_examples_that_mix_in_pairs_are_refused(size):
     model = Model(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
     x = torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedError, match="depend on the other examples"):
-        Layers(Network(model), ParameterSelection(model)).capture(x, size)
+        Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
 
 
 @pytest.mark.parametrize("at", [0, -1])
 @pytest.mark.parametrize("positions", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(size, positions, at):
+@NEEDS
+def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(needs, size, positions, at):
     # Of the table's rows an example reaches one, which may be where its own would lie.
     model = Model(
         lambda m, x: m.head(torch.tanh(m.body(x) + m.table(torch.arange(x.shape[1])))[:, at]),
         body=nn.Linear(3, 4), table=nn.Embedding(positions, 4), head=nn.Linear(4, 2),
     ).double()  # fmt: skip
     x = torch.randn(size, positions, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    batch = Layers(Network(model), ParameterSelection(model)).capture(x, size)
+    batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
     U = torch.ones(size, 2, 1, dtype=torch.float64)
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)

@@ -34,6 +34,9 @@ Tokens = Literal["separate", "sketched", "auto"]
 SEPARATE_UP_TO = 256
 """Columns per example up to which `tokens="auto"` keeps the positions of a sequence apart."""
 
+_FEW = 4
+"""Columns up to which a faster forward outweighs slower passes."""
+
 _SIGNS = 7
 """Stream of the random signs, apart from the draws of targets."""
 
@@ -60,6 +63,15 @@ class Cotangents:
     datum: Datum = "token"
     tokens: Tokens = "separate"
     joint: bool = True
+
+    @property
+    def few(self) -> bool:
+        """Whether there are but a few columns for each batch, whatever its outputs."""
+        return (
+            self.num_samples <= _FEW
+            if self.fisher == "mc" and self.joint
+            else self.fisher == "empirical" and self.datum == "example"
+        )
 
     @classmethod
     def like(cls, curvature: GaussNewton) -> Self | None:

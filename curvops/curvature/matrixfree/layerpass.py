@@ -85,7 +85,7 @@ class LayerPass:
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
-        self.layers = Layers(objective.network, objective.selection, needs=needs)
+        self.layers = Layers(objective.network, objective.selection, needs=needs, few=cotangents.few)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
         self._reported = not report_unused

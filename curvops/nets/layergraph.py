@@ -1,0 +1,157 @@
+"""The graph of one forward, the places where it uses parameters, and cotangents pulled back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvops.nets.forward import Inputs, Network
+from curvops.nets.graph import graph_bytes
+from curvops.nets.kept import Kept
+from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.parameters import ParameterSelection
+from curvops.nets.rules import Tap, tap
+
+AtEdges = dict[tuple[Any, int], Tensor | None]
+"""Edge → `(K, *shape there)`, None where nothing arrives."""
+
+Layout = Literal["batch first", "batch last", "shared"]
+"""How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+_BY_INDEX = frozenset(
+    f"{name}Backward0"
+    for name in ("Index", "IndexSelect", "IndexPut", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Take",
+                 "MaskedSelect", "MaskedScatter", "Sort", "Topk")
+)  # fmt: skip
+"""Operations that move rows to places that depend on the data."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tap with the layout of its rows."""
+
+    tap: Tap
+    layout: Layout
+    # shared: brings g at the tap's edge, where examples are apart, back to the operation's own output, per example
+    back: Callable[[Tensor, int], Tensor] | None = None
+
+
+class LayerGraph(Kept):
+    """One forward, and where it uses the selected parameters.
+
+    Args:
+        network: The network.
+        selection: The parameters.
+        x: Inputs of the batch.
+
+    Attributes:
+        outputs: f, detached.
+    """
+
+    def __init__(self, network: Network, selection: ParameterSelection, x: Inputs) -> None:
+        super().__init__(network, selection, "double_backward")
+        self._f = network(x, selection.tensors)
+        self.outputs: Tensor = self._f.detach()
+        self._users = graph_users(self._f)
+        self._sites = find_sites(self._users, selection.tensors)
+        self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the kept graph holds beyond parameters and buffers."""
+        return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
+
+    def release(self) -> None:
+        """Drop the graph; the outputs stay."""
+        self._released = True
+        self._f = self.outputs
+        self._users, self._sites, self._taps = {}, [], []
+
+    def signature(self) -> list[list[tuple[str, int, float]]]:
+        """Per parameter and site: the operation, the operand's slot, rows per example."""
+        B = self.outputs.shape[0]
+        return [
+            [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
+            for sites, taps in zip(self._sites, self._taps, strict=True)
+        ]
+
+    @property
+    def moves_by_index(self) -> bool:
+        """Whether rows may move about by index (routing, sorting), so that one batch does not tell of the next."""
+        return any(node.name() in _BY_INDEX for node in self._users)
+
+    def taps(self) -> list[list[tuple[Site, Tap | None]]]:
+        """Per parameter its sites, and how each is read."""
+        return [list(zip(sites, taps, strict=True)) for sites, taps in zip(self._sites, self._taps, strict=True)]
+
+    def through(self, chosen: Tensor) -> Tensor:
+        """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.zeros(self.outputs.shape, dtype=self.outputs.dtype)
+        draw[chosen] = torch.randn(int(chosen.sum()), *draw.shape[1:], generator=generator, dtype=draw.dtype)
+        return draw.to(self.outputs.device).unsqueeze(-1)
+
+    def shared(self, site: Site, t: Tap, size: int) -> Reading | None:
+        """The reading of rows that all examples share, at the sum where they meet the examples.
+
+        Positional lookups and projections of constants have no batch axis; it comes in where their result is broadcast
+        to it. There g is apart for each example.
+        """
+        node, number = site.node, 0
+        while True:
+            users = self._users[node]
+            if len(users) != 1:
+                return None
+            user, slot, number = users[0]
+            if user.name() not in ("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "AliasBackward0"):
+                break
+            node = user
+        if user.name() != "AddBackward0" or (slot == 1 and user._saved_alpha != 1):
+            return None
+        edge, operand = GradientEdge(user, 0), GradientEdge(node, number)
+        full, own = shape_at(edge), shape_at(operand)
+        aligned = (1,) * (len(full) - len(own)) + tuple(own)
+        if len(full) < 2 or full[0] != size or aligned[0] != 1:
+            return None
+
+        def back(g: Tensor, K: int) -> Tensor:  # (K, B, …) → (K · B, *shape of the operation's output)
+            g = g.reshape(K * size, 1, *full[1:])
+            for axis, n in enumerate(aligned):
+                if n == 1 and axis > 0:
+                    g = g.sum(1 + axis, keepdim=True)
+            g = g.reshape(K * size, *own)
+            if node is site.node:
+                return g
+            (result,) = self._grad([operand], [GradientEdge(site.node, 0)], [g])  # type: ignore[list-item]
+            assert result is not None
+            return result
+
+        return Reading(replace(t, edge=edge), "shared", back)
+
+    def pulled_to(self, edges: Iterable[GradientEdge], U: Tensor, *, last: bool = False) -> AtEdges:
+        """The cotangents U `(*f.shape, K)` pulled back to edges of the graph, each once, in one batched backward."""
+        return self._pulled(edges, self._f, U.movedim(-1, 0), last=last)
+
+    def _pulled(
+        self, edges: Iterable[GradientEdge], start: Tensor | GradientEdge, g: Tensor, *, last: bool = False
+    ) -> AtEdges:
+        """K cotangents of what is at `start`, `(K, …)`, pulled back."""
+        wanted = {edge_key(edge): edge for edge in edges}
+        if not wanted:
+            return {}
+        found = self._grad([start], list(wanted.values()), [g], last=last)  # type: ignore[list-item]
+        return dict(zip(wanted, found, strict=True))
+
+    def _tap(self, site: Site) -> Tap | None:
+        tensor = self.selection.tensors[site.parameter]
+        place = placement(site, tensor)
+        return None if place is None else tap(site, place, tensor.shape)
+
+
+def edge_key(edge: GradientEdge) -> tuple[Any, int]:
+    return edge.node, edge.output_nr
