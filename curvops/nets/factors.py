@@ -54,16 +54,21 @@ class Outer:
     def squares(self) -> Float[Tensor, " p"]:
         if self.positions == 1:
             return self.squared_product(self.g[:, :, 0].square().sum(0))
-        _, B, _, G, O = self.g.shape
-        total = None
+        K, B, _, G, O = self.g.shape
+        one = self.a[0, 0].numel() * O
         few = self.a.shape[-1] < FEW
-        # Column by column, and so few examples at a time that their gradients are squared before they leave the caches.
-        for rows in _slices(B, self.a[0, 0].numel() * O, SQUARED):
-            a = self.a[rows].transpose(1, 2).flatten(0, 1)  # (B·G, T, I)
-            for g in self.g[:, rows]:
-                h = g.permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, O, T)
-                rows_of_G = torch.bmm(a.transpose(1, 2), h.transpose(1, 2)) if few else torch.bmm(h, a)
+        total = None
+        # So little at a time that gradients are squared before they leave the caches; and the columns side by side, so
+        # that `a` is read once.
+        for columns in _slices(K, one, SQUARED):
+            for rows in _slices(B, one * len(self.g[columns]), SQUARED):
+                a = self.a[rows].permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, I, T)
+                g = self.g[columns, rows].permute(1, 3, 0, 4, 2)
+                g = g.flatten(2, 3).flatten(0, 1)  # (B·G, K·O, T)
+                rows_of_G = torch.bmm(a, g.transpose(1, 2)) if few else torch.bmm(g, a.transpose(1, 2))
                 G_squared = rows_of_G.square_().unflatten(0, (-1, G)).sum(0)
+                axis = 2 if few else 1
+                G_squared = G_squared.unflatten(axis, (-1, O)).sum(axis)
                 total = G_squared if total is None else total.add_(G_squared)
         assert total is not None
         return (total if few == self.flipped else total.transpose(1, 2)).reshape(-1)

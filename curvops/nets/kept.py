@@ -200,12 +200,12 @@ def _looped(
 
     def put(k: int, found: Sequence[Tensor | None]) -> None:
         for i, g in enumerate(found):
-            if g is None:
-                continue
             place = whole[i]
-            if place is None:
-                place = whole[i] = g.new_zeros(columns, *g.shape)
-            place[k] = g
+            if place is None and g is not None:
+                place = whole[i] = g.new_empty(columns, *g.shape)
+                place[:k] = 0
+            if place is not None:
+                place[k] = 0 if g is None else g
 
     for k in range(columns):
         put(k, column(k))  # of one column at a time, the results are held beside the whole

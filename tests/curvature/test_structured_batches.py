@@ -14,6 +14,8 @@ from curvops.curvature.structured import EKFAC, KFAC, BlockGGN, DiagonalGGN
 from curvops.errors import CurvopsError, ShapeError
 from curvops.testing.problems import problem
 
+NLL = reference.nll("classification")
+
 
 def check(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert reference.relative_error(got, expected) < tolerance
@@ -168,6 +170,44 @@ def test_a_small_budget_makes_many_chunks_and_the_same_numbers(monkeypatch):
         assert len(seen) >= 8 * few
         assert max(n for n, _ in seen) <= most / 4
         check(small, whole)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_columns_in_stacks_of_fewer_examples_give_the_same_numbers(monkeypatch, groups):
+    from curvops.curvature.matrixfree import layerpass
+    from curvops.nets import factors
+    from curvops.nets.capture import Capture
+
+    model = drawn(nn.Sequential(nn.Conv2d(2, 4, 3, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)))
+    x, y = torch.randn(20, 2, 5, 5, dtype=torch.float64), torch.randint(5, (20,))
+    seen: list[tuple[int, int]] = []
+    asked = Capture.factors
+
+    def counted(self: Any, U: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append((len(U), U.shape[-1]))
+        return asked(self, U, *rest, **options)
+
+    monkeypatch.setattr(Capture, "factors", counted)
+    check(DiagonalGGN(model, "classification", (x, y)).diagonal(), reference.ggn(model, NLL, x, y).diagonal())
+    assert seen == [(20, 4)]
+    seen.clear()
+    monkeypatch.setattr(layerpass, "CPU_COLUMN_BYTES", 1)
+    monkeypatch.setattr(layerpass, "STACKED_EXAMPLES", 2)
+    monkeypatch.setattr(layerpass, "STACKED_BYTES", 3 * 8 * layer_bytes(model, x))
+    monkeypatch.setattr(factors, "SQUARED", 2 * 3 * 72)
+    check(DiagonalGGN(model, "classification", (x, y)).diagonal(), reference.ggn(model, NLL, x, y).diagonal())
+    assert seen == [(7, 3), (7, 1), (7, 3), (7, 1), (6, 3), (6, 1)]
+
+
+def layer_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes per example that a pass over the layers counts on."""
+    from curvops.nets.capture import Layers
+    from curvops.nets.forward import Network
+    from curvops.nets.parameters import ParameterSelection
+
+    layers = Layers(Network(model), ParameterSelection(model))
+    layers.learn(x, len(x))
+    return layers.bytes_per_example
 
 
 class Centred(nn.Module):

@@ -30,6 +30,15 @@ WORKING_BYTES = 2**28
 CPU_COLUMN_BYTES = 2**23
 """On a CPU, columns whose transients exceed this are pulled back one by one."""
 
+STACK = 3
+"""Columns that one product with the inputs of shared weights serves, where that is faster; more gain nothing."""
+
+STACKED_BYTES = 2**25
+"""On a CPU, a stack of columns takes no more than this: examples are cut into chunks of which it takes less."""
+
+STACKED_EXAMPLES = 16
+"""Fewer examples in a chunk cost more than their stacks save."""
+
 _DECOMPOSITION = 20
 """How much longer than those of a product the operations of a QR decomposition take."""
 
@@ -62,6 +71,7 @@ class LayerPass:
         together: Have all columns of an example in one step where memory allows, rather than what suits the caches.
         examples: `columns per example → most examples in a step`; None for what fits.
         report_unused: Warn once of parameters that the outputs do not depend on.
+        stacked: A product serves several columns of shared weights: on a CPU, have some in a step, of fewer examples.
         narrow: Allow a last layer columns of its own, and the parameters behind it fewer: for what is a sum over the
             columns of each parameter (and a bias's weight) alone.
         needs: What must be known of the layers' rows, as for `Layers`; with "terms" whose they are is found out where
@@ -80,6 +90,7 @@ class LayerPass:
         together: bool = False,
         examples: Callable[[int], int] | None = None,
         report_unused: bool = True,
+        stacked: bool = False,
         narrow: bool = False,
         needs: Needs = "all",
     ) -> None:
@@ -88,6 +99,7 @@ class LayerPass:
         self.layers = Layers(objective.network, objective.selection, needs=needs, few=cotangents.few)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
+        self._stacked = stacked and objective.selection.device.type == "cpu"
         self._reported = not report_unused
 
     def note(self, name: str) -> str | None:
@@ -115,7 +127,7 @@ class LayerPass:
         self.layers.learn(batch.x, size)
         likelihood = self.objective.likelihood
         room = max(1, self.layers.byte_budget // max(1, self.layers.bytes_per_example))
-        most, start = min(size, room), 0
+        most, start = self._chunk(size, room), 0
         while start < size:
             part = _part(batch, start, min(size, start + most))
             capture = self.layers.capture(part.x, len(part.y))
@@ -163,6 +175,13 @@ class LayerPass:
             return [("everywhere", columns)]
         return [("head", replace(columns, signs=None)), ("body", columns.through(head.root))]
 
+    def _chunk(self, size: int, room: int) -> int:
+        """Examples in a chunk, as far as is known before their columns."""
+        stackable = STACKED_BYTES // max(1, STACK * self.layers.bytes_per_example)
+        if not self._stacked or not STACKED_EXAMPLES <= stackable < size:
+            return min(size, room)
+        return min(room, -(-size // -(-size // stackable)))  # chunks of one size
+
     def _examples(self, room: int, columns: int) -> int:
         """Examples in a step, so that all of their columns fit."""
         fitting = max(1, room // columns)
@@ -172,7 +191,9 @@ class LayerPass:
         """Columns pulled back in one go: what fits; on a CPU no more than pays, since its caches are small."""
         within = room // examples
         if self.objective.selection.device.type == "cpu" and not self._together:
-            within = min(within, CPU_COLUMN_BYTES // max(1, examples * self.layers.bytes_per_example))
+            column = max(1, examples * self.layers.bytes_per_example)
+            stack = STACK if self._stacked and STACK * column <= STACKED_BYTES else 1
+            within = min(within, max(stack, CPU_COLUMN_BYTES // column))
         return max(1, within)
 
     def _report(self, unused: list[int], fallback: list[int]) -> None:

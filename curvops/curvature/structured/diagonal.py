@@ -52,7 +52,8 @@ class _GaussNewtonDiagonal(_DataDiagonal):
         self.cotangents = cotangents
 
     def _built(self) -> LinearOperator:
-        layers = LayerPass(self.objective, self.cotangents, narrow=True, needs="examples")
+        exact = self.cotangents.fisher == "exact"
+        layers = LayerPass(self.objective, self.cotangents, stacked=exact, narrow=True, needs="examples")
         selection = self.objective.selection
         sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
         with torch.no_grad():
