@@ -51,7 +51,7 @@ class Layers:
     ) -> None:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
         self.needs: Needs = needs
-        self.recorded = Network(network.module, fused=True) if few else network
+        self.recorded = network.fusing() if few else network
         """The network as graphs of it are recorded."""
         self.recomputes = False
         """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,21 +39,27 @@ class Network:
 
     Args:
         model: The user's module; a compiled one is looked through. Nothing is copied, hooked or altered.
-        fused: For graphs that few cotangents pass over, and that are not differentiated again: attention runs fused,
-            which makes the forward faster and each pass slower.
 
     A Mapping `x` goes to `model(**x)` when the keys are names of the forward's arguments (Hugging Face), otherwise to
     `model(x)`. Of an output that has `logits`, those are taken.
     """
 
-    def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise DataError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         self.module: nn.Module = unwrap(model)
-        self.fused = fused
+        self.fused = False
+        """Whether attention runs fused, which makes the forward faster, each pass slower, and a second derivative
+        impossible: for graphs that few cotangents pass over."""
         self.recurrent: bool = has_recurrence(self.module)
         self.plain: bool = needs_plain_kernels(self.module)
         self._named, self._any_keyword = _forward_arguments(self.module)
+
+    def fusing(self) -> Network:
+        """The same with `fused`."""
+        network = copy.copy(self)
+        network.fused = True
+        return network
 
     def __call__(self, x: Inputs, selected: Sequence[Tensor] | None = None, *, detach: bool = True) -> Tensor:
         """One forward with autograd on.
@@ -72,13 +79,15 @@ class Network:
             UnsupportedError: a forward that changes buffers or mixes the batch through its own statistics.
             NonDeterministicDataError: a forward that draws random numbers.
         """
-        self.check_modes()
+        named = list(self.module.named_modules())  # walked over once: for a small network that is half of a forward
+        modules = [module for _, module in named]
+        _check_modes(named)
         with ExitStack() as stack:
             stack.enter_context(self.differentiable())
-            stack.enter_context(without_backward_hooks(self.module))
+            stack.enter_context(without_backward_hooks(modules))
             if selected is not None:
-                stack.enter_context(tracked_only(self.module, selected))
-            stack.enter_context(_buffers_unchanged(self.module))
+                stack.enter_context(tracked_only(modules, selected))
+            stack.enter_context(_buffers_unchanged(named))
             stack.enter_context(_no_randomness(_device_of(self.module, x)))
             x = _prepared(x, detach)
             try:
@@ -140,19 +149,6 @@ class Network:
                 "(B, C) or (B, T, C), or an output with .logits: wrap the model in a module that returns that part"
             )
         return logits
-
-    def check_modes(self) -> None:
-        """Refuse modules that are random, or that mix or remember batches, in the mode they are in.
-
-        Raises:
-            DataError: dropout or batch statistics in train mode; the way out is `model.eval()`.
-            UnsupportedError: BatchNorm without running statistics, FractionalMaxPool.
-        """
-        for path, module in self.module.named_modules():
-            complaint = _mode_complaint(module)
-            if complaint is not None:
-                kind, why = complaint
-                raise kind(f"module {path or '(the model itself)'!r} ({type(module).__name__}) {why}")
 
     def _normalised(self, output: Any, x: Inputs) -> Tensor:
         output = self.output_tensor(output)
@@ -253,6 +249,20 @@ def _device_of(module: nn.Module, x: Inputs) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def _check_modes(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse modules that are random, or that mix or remember batches, in the mode they are in.
+
+    Raises:
+        DataError: dropout or batch statistics in train mode; the way out is `model.eval()`.
+        UnsupportedError: BatchNorm without running statistics, FractionalMaxPool.
+    """
+    for path, module in modules:
+        complaint = _mode_complaint(module)
+        if complaint is not None:
+            kind, why = complaint
+            raise kind(f"module {path or '(the model itself)'!r} ({type(module).__name__}) {why}")
+
+
 def _mode_complaint(module: nn.Module) -> tuple[type[CurvopsError], str] | None:
     if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
         return UnsupportedError, "pools over random regions at every forward; use MaxPool or AvgPool"
@@ -305,10 +315,10 @@ def rebuilt(x: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any
 
 
 @contextmanager
-def _buffers_unchanged(model: nn.Module) -> Iterator[None]:
+def _buffers_unchanged(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
     """Put buffers back, and refuse, when the forward changed them."""
     held = []
-    for path, module in model.named_modules():
+    for path, module in modules:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 version = None if buffer.is_inference() else buffer._version

@@ -245,7 +245,7 @@ def _pulled_back(
         f, pullback = cast(Any, torch.func.vjp(lambda *p: outputs(p, pieces), *values))
         return torch.func.vmap(lambda c: pullback(c.to(f.dtype)))(cotangents), f
 
-    with network.differentiable(), without_backward_hooks(network.module), torch.no_grad():
+    with network.differentiable(), without_backward_hooks(network.module.modules()), torch.no_grad():
         grads, f = torch.func.vmap(one)(tuple(t.detach() for t in batched), u)
     flat = selection.join_rows([g.flatten(0, 1) for g in grads], size * number)
     return flat.reshape(size, number, selection.size), f.to(u.dtype)

@@ -155,7 +155,7 @@ class Kept:
                         self._recomputes = True
                 with (
                     self._network.differentiable(),
-                    tracked_only(self._network.module, self.selection.tensors),
+                    tracked_only(self._network.module.modules(), self.selection.tensors),
                 ):
                     return run()
         except RuntimeError as error:

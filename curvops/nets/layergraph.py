@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -80,7 +81,7 @@ class LayerGraph(Kept):
             for sites, taps in zip(self._sites, self._taps, strict=True)
         ]
 
-    @property
+    @functools.cached_property
     def moves_by_index(self) -> bool:
         """Whether rows may move about by index (routing, sorting), so that one batch does not tell of the next."""
         return any(node.name() in _BY_INDEX for node in self._users)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -240,10 +240,11 @@ def unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def without_backward_hooks(model: nn.Module) -> Iterator[None]:
+def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Backward hooks of modules silenced while the graph is built, so that they never enter it."""
-    hooked = [(m, m._backward_hooks, m._backward_pre_hooks) for m in model.modules()]
-    hooked = [entry for entry in hooked if entry[1] or entry[2]]
+    hooked = [
+        (m, m._backward_hooks, m._backward_pre_hooks) for m in modules if m._backward_hooks or m._backward_pre_hooks
+    ]
     try:
         for m, hooks, pre_hooks in hooked:
             m._backward_hooks, m._backward_pre_hooks = type(hooks)(), type(pre_hooks)()
@@ -254,10 +255,11 @@ def without_backward_hooks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tracked_only(model: nn.Module, selected: Sequence[Tensor]) -> Iterator[None]:
+def tracked_only(modules: Iterable[nn.Module], selected: Sequence[Tensor]) -> Iterator[None]:
     """Parameters outside the selection without `requires_grad`, so that the graph keeps nothing for their sake."""
     keep = {id(t) for t in selected}
-    paused = [p for p in model.parameters() if p.requires_grad and id(p) not in keep]
+    owned = (p for m in modules for p in m._parameters.values())
+    paused = [p for p in owned if p is not None and id(p) not in keep and p.requires_grad]
     try:
         for p in paused:
             p.requires_grad_(False)
