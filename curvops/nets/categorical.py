@@ -63,9 +63,8 @@ class Categorical(Likelihood):
     def gradient(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "*batch C"]:
         """s p − t. O(f)."""
         self.check_shapes(f, y)
-        p, complement = softmax_and_complement(f)
-        labels = self._labels(f, y)
-        g = _minus_one_hot(p, complement, labels) * self._label_weight(f, labels).unsqueeze(-1)
+        p, labels = f.softmax(-1), self._labels(f, y)
+        g = _minus_one_hot(p, labels) * self._label_weight(f, labels).unsqueeze(-1)
         if self.label_smoothing:
             weight = self._weight(f)
             w = f.new_ones(f.shape[-1]) if weight is None else weight
@@ -132,12 +131,12 @@ class Categorical(Likelihood):
     ) -> Float[Tensor, "*batch C"]:
         """√s (p − e_ŷ), ŷ ~ p, s of the *observed* label, so that the outer products average to Λ. O(f)."""
         self.check_shapes(f, y)
-        p, complement = softmax_and_complement(f)
+        p = f.softmax(-1)
         uniform = addressed(draws.uniforms, f, 1, seed, position, sample)
         cumulative = p.to(uniform.dtype).cumsum(-1).contiguous()
         # 0 < u·total ≤ total, and the first place that reaches it has p > 0: no class of probability 0 is drawn.
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1:]).contiguous()).squeeze(-1)
-        return _minus_one_hot(p, complement, drawn) * self._scale(f, y).sqrt().unsqueeze(-1)
+        return _minus_one_hot(p, drawn) * self._scale(f, y).sqrt().unsqueeze(-1)
 
     # ---- weights and labels -------------------------------------------------------------------------------------
 
@@ -224,7 +223,8 @@ def check_weight(weight: Shaped[Tensor, "*_"], what: str, expected: str) -> Tens
     return weight.detach().clone()
 
 
-def _minus_one_hot(p: Tensor, complement: Tensor, labels: Tensor) -> Tensor:
-    """p − e_label, with −(1 − p) taken from the complement rather than from a difference."""
+def _minus_one_hot(p: Tensor, labels: Tensor) -> Tensor:
+    """p − e_label, with 1 − p at the label summed over the other classes, which is accurate near p = 1."""
     index = labels.unsqueeze(-1)
-    return p.scatter(-1, index, -complement.gather(-1, index))
+    others = p.scatter(-1, index, 0)
+    return others.scatter_(-1, index, -others.sum(-1, keepdim=True))

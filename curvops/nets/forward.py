@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,6 @@ class Network:
         impossible: for graphs that few cotangents pass over."""
         self.recurrent: bool = has_recurrence(self.module)
         self.plain: bool = needs_plain_kernels(self.module)
-        self._named, self._any_keyword = _forward_arguments(self.module)
 
     def fusing(self) -> Network:
         """The same with `fused`."""
@@ -127,16 +127,22 @@ class Network:
         """Whether `x` is a Mapping that goes to the forward as keywords."""
         if not isinstance(x, Mapping):
             return False
-        known = [k for k in x if k in self._named]
+        named, any_keyword = self._arguments
+        known = [k for k in x if k in named]
         if not known:
             return False
-        if len(known) < len(x) and not self._any_keyword:
-            unknown = [k for k in x if k not in self._named]
+        if len(known) < len(x) and not any_keyword:
+            unknown = [k for k in x if k not in named]
             raise DataError(
-                f"the forward of {type(self.module).__name__} takes {sorted(self._named)}, "
+                f"the forward of {type(self.module).__name__} takes {sorted(named)}, "
                 f"but the batch also holds {unknown}; drop those keys"
             )
         return True
+
+    @functools.cached_property
+    def _arguments(self) -> tuple[frozenset[str], bool]:
+        """Names of the forward's arguments, and whether it takes any other keyword."""
+        return _forward_arguments(self.module)
 
     def output_tensor(self, output: Any) -> Tensor:
         """The tensor within a raw output: itself, or its `logits`."""
