@@ -112,6 +112,27 @@ class Categorical(Likelihood):
         L.diagonal(-1, -2, -1).copy_(diagonal)
         return L * self._scale(f, y).sqrt()[..., None, None]
 
+    def output_hessian_sqrt_through(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], W: Float[Tensor, "d C"]
+    ) -> Float[Tensor, "*batch d C"]:
+        """√s (W − W p 1ᵀ) diag √p, of C columns: Σ_c p_c (w_c − w̄)(w_c − w̄)ᵀ = W (diag p − p pᵀ) Wᵀ. O(f·d)."""
+        self.check_shapes(f, y)
+        p = f.softmax(-1)
+        # Measured from the likeliest class, as in `output_hessian_map`: neither difference cancels where p ≈ 1.
+        V = W - W.T[p.argmax(-1)].unsqueeze(-1)
+        V -= V @ p.unsqueeze(-1)
+        return V.mul_((self._scale(f, y).unsqueeze(-1) * p).sqrt_().unsqueeze(-2))
+
+    def output_hessian_sum(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "C C"]:
+        """diag(Σ s p) − Σ s p pᵀ, whose diagonal is summed from s p (1 − p). O(f·C)."""
+        self.check_shapes(f, y)
+        p, complement = softmax_and_complement(f)
+        s = self._scale(f, y).unsqueeze(-1)
+        q = (s.sqrt() * p).flatten(0, -2)
+        total = -(q.T @ q)
+        total.diagonal().copy_((s * p * complement).flatten(0, -2).sum(0))
+        return total
+
     def rank(self, C: int) -> int:
         """C − 1: a softmax does not see a common shift of its inputs."""
         return C - 1

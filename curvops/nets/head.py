@@ -7,7 +7,7 @@ hundreds that is most of the work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,11 +38,38 @@ class Head(NamedTuple):
     weight: Float[Tensor, "d C"]
     parameters: frozenset[int]
 
-    def root(self, S: Float[Tensor, "*n C R"]) -> Float[Tensor, "*n d d"]:
-        """A root of W S Sᵀ Wᵀ with no more than d columns, R of at least d. 2·n·R·d² operations, and those of W S."""
-        # The triangle of a QR decomposition, example by example: as accurate as S, unlike a root of the product.
-        triangles = [torch.linalg.qr((self.weight @ one).transpose(-1, -2), mode="r").R for one in S]
-        return torch.stack(triangles).transpose(-1, -2)
+    def root(self, through: Callable[[Tensor], Iterable[Float[Tensor, "*b d R"]]]) -> Float[Tensor, "*B d d"]:
+        """Roots of W S Sᵀ Wᵀ with d columns, where R is at least d. N (R·d² + d³/3) multiplications for N of them.
+
+        Args:
+            through: W → W S, some data after the other.
+        """
+        # Columns one by one in memory, as LAPACK leaves them.
+        return torch.cat([_narrowed(X).mT for X in through(self.weight)]).mT
+
+
+def _narrowed(X: Float[Tensor, "*n d R"]) -> Float[Tensor, "*n d d"]:
+    """A lower triangular root of X Xᵀ.
+
+    Only root · rootᵀ enters a curvature, and there a Cholesky factor of the product errs no more than the triangle of a
+    QR decomposition of X, which takes far longer. But a confident softmax makes products that are singular to rounding,
+    and have no such factor. What is narrower than float64 is multiplied out in that, and raised by what is still far
+    below its own rounding; in float64 the rows without a factor are decomposed the longer way.
+    """
+    wide = X.dtype if X.device.type == "mps" else torch.float64
+    dtype, shape = X.dtype, X.shape[:-2]
+    X = X.to(wide).flatten(0, -3)
+    product = X @ X.mT
+    diagonal = product.diagonal(0, -2, -1)
+    size = diagonal.sum(-1, keepdim=True)
+    if dtype != wide:
+        diagonal += size * (X.shape[-2] * torch.finfo(wide).eps)
+    diagonal += size == 0  # what does not count has the root zero
+    root, failed = torch.linalg.cholesky_ex(product)
+    root *= (size != 0).unsqueeze(-1)
+    for n in failed.nonzero().flatten().tolist():
+        root[n] = torch.linalg.qr(X[n].mT, mode="r").R.mT
+    return root.to(dtype).unflatten(0, shape)
 
 
 def find_head(f: Tensor, sites: Sequence[Sequence[Site]]) -> Head | None:

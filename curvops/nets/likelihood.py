@@ -87,6 +87,19 @@ class Likelihood(ABC):
         C = f.shape[-1]
         return self.output_hessian_product(f, y, torch.eye(C, dtype=f.dtype, device=f.device).expand(*f.shape, C))
 
+    def output_hessian_sqrt_through(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], W: Float[Tensor, "d C"]
+    ) -> Float[Tensor, "*batch d R"]:
+        """W L with Λ = L Lᵀ for each datum and position: a root of W Λ Wᵀ. L and its number of columns are at the
+        likelihood's choice. Needs `is_convex`. O(f·d) for the closed forms.
+        """
+        return W @ self.output_hessian_sqrt(f, y)
+
+    def output_hessian_sum(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "C C"]:
+        """Σ Λ over data and positions. O(f·C)."""
+        total = self.output_hessian(f, y).flatten(0, -3).sum(0)
+        return (total + total.mT) / 2
+
     def rank(self, C: int) -> int:
         """Columns R of `output_hessian_sqrt`."""
         return C

@@ -72,6 +72,19 @@ class Normal(Likelihood):
         C = f.shape[-1]
         return (torch.eye(C, dtype=f.dtype, device=f.device) / self.sigma).expand(*f.shape, C)
 
+    def output_hessian_sqrt_through(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], W: Float[Tensor, "d C"]
+    ) -> Float[Tensor, "*batch d C"]:
+        """W/σ, a read-only view that repeats one matrix. O(W)."""
+        self.check_shapes(f, y)
+        return (W / self.sigma).expand(*f.shape[:-1], *W.shape)
+
+    def output_hessian_sum(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "C C"]:
+        """n I/σ². O(C²)."""
+        self.check_shapes(f, y)
+        C = f.shape[-1]
+        return torch.eye(C, dtype=f.dtype, device=f.device) * (f.shape[:-1].numel() / self.sigma**2)
+
     def pseudo_gradients_at(
         self,
         f: Float[Tensor, "*batch C"],
@@ -138,6 +151,18 @@ class Bernoulli(Likelihood):
         """diag √(s σ(f) σ(−f)). O(f·C)."""
         self.check_shapes(f, y)
         return torch.diag_embed(self._variance(f, y).sqrt())
+
+    def output_hessian_sqrt_through(
+        self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"], W: Float[Tensor, "d C"]
+    ) -> Float[Tensor, "*batch d C"]:
+        """W diag √(s σ(f) σ(−f)). O(f·d)."""
+        self.check_shapes(f, y)
+        return W * self._variance(f, y).sqrt().unsqueeze(-2)
+
+    def output_hessian_sum(self, f: Float[Tensor, "*batch C"], y: Shaped[Tensor, "*_"]) -> Float[Tensor, "C C"]:
+        """diag Σ s σ(f) σ(−f). O(f + C²)."""
+        self.check_shapes(f, y)
+        return torch.diag(self._variance(f, y).flatten(0, -2).sum(0))
 
     def pseudo_gradients_at(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -12,6 +14,7 @@ from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective
 from curvops.curvature.structured import EKFAC, KFAC, DiagonalGGN
+from curvops.nets.likelihoods import Bernoulli, Categorical, Likelihood, Normal
 
 
 def network(**head: bool) -> nn.Module:
@@ -63,7 +66,7 @@ def test_same_curvature_by_fewer_columns(positions, bias, monkeypatch):
     torch.testing.assert_close(diagonal, exact.diagonal(), rtol=1e-12, atol=1e-13)
     options = [(kind, join) for kind in (KFAC, EKFAC) for join in ("separate", "joint")]
     narrow = [kind(model, "classification", (x, y), weight_and_bias=join).to_dense() for kind, join in options]
-    monkeypatch.setattr(layerpass, "_DECOMPOSITION", float("inf"))
+    monkeypatch.setattr(layerpass, "_ROOT", float("inf"))
     assert columns(model, x, y) == [8 * T] * (4 + head)
     for (kind, join), matrix in zip(options, narrow, strict=True):
         wide = kind(model, "classification", (x, y), weight_and_bias=join).to_dense()
@@ -77,13 +80,78 @@ class Mixed(nn.Module):
         return x + x.mean(1, keepdim=True)
 
 
-def test_sketched_positions_keep_their_mean():
+def some_weight() -> Tensor:
+    return torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5, 0.7, 3.0, 0.2, 1.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("positions", [None, 4])
+@pytest.mark.parametrize("confidence", [1.0, 60.0])
+@pytest.mark.parametrize("likelihood", [
+    Categorical(some_weight(), ignore_index=3, label_smoothing=0.1),
+    Normal(0.4),
+    Bernoulli(some_weight()),
+    Likelihood.from_loss(lambda f, y: (f - y).cosh().log().sum(), is_convex=True),
+], ids=lambda likelihood: likelihood.name)  # fmt: skip
+def test_of_each_likelihood(likelihood, confidence, positions, monkeypatch):
+    model, (x, y) = network(), data(positions)
+    with torch.no_grad():
+        model[4].weight.mul_(confidence)
+    if isinstance(likelihood, Categorical):
+        y[0] = 3
+    else:
+        y = torch.rand(*y.shape, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = [(KFAC, {"approx": "expand"}), (KFAC, {"approx": "reduce"}), (EKFAC, {})]
+
+    def matrices() -> list[Tensor]:
+        return [kind(model, likelihood, (x, y), **options).to_dense() for kind, options in options]
+
+    narrow = matrices()
+    monkeypatch.setattr(layerpass, "_ROOT", float("inf"))
+    for one, other in zip(narrow, matrices(), strict=True):
+        assert (one - other).norm() <= 1e-12 * other.norm()
+        where = slice(16 * 8 + 8 + 8 * 2 + 2, None)  # the head, which sees none of the features' derivatives
+        assert (one[where, where] - other[where, where]).norm() <= 1e-12 * other[where, where].norm()
+
+
+class Twice(nn.Module):
+    """Two features before nine classes; in sequences of three the head's weight is also used as such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 8), nn.Linear(8, 2)
+        self.head = nn.Linear(2, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.head(self.two(self.one(x).tanh()))
+        return f if x.shape[1] != 3 else f + self.head.weight.square().sum(1)
+
+
+@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
+def test_exact_everywhere_where_the_head_has_no_factors_in_one_batch(order):
+    model = Twice().double()
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(4, T, 16, generator=generator, dtype=torch.float64), torch.randint(9, (4, T), generator=generator))
+        for T in order
+    ]
+    exact = sum(reference.ggn(model, reference.nll("classification"), *batch) for batch in batches)
+    weight = KFAC(model, "classification", batches).blocks[4].to_dense()
+    start = 16 * 8 + 8 + 8 * 2 + 2
+    torch.testing.assert_close(weight, exact.diagonal()[start : start + 18].diag(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(KFAC, {}), (KFAC, {"approx": "reduce"}), (EKFAC, {})])
+def test_sketched_positions_keep_their_mean(kind, options):
     model, (x, y) = network(), data(4)
     model = nn.Sequential(*model[:2], Mixed(), *model[2:])
-    exact = KFAC(model, "classification", (x, y), tokens="separate").to_dense()
+
+    def matrix(**tokens: Any) -> Tensor:
+        return kind(model, "classification", (x, y), **options, **tokens).to_dense()
+
+    exact = matrix(tokens="separate")
     draws = torch.stack([
-        KFAC(model, "classification", (x, y), tokens="sketched", generator=torch.Generator().manual_seed(s)).to_dense()
-        for s in range(25)
+        matrix(tokens="sketched", generator=torch.Generator().manual_seed(s)) for s in range(25)
     ])  # fmt: skip
     spread = (draws - exact).flatten(1).norm(dim=1).square().mean().sqrt()
     assert spread > 0.01 * exact.norm()

@@ -116,6 +116,21 @@ def test_square_root_and_dense_blocks_are_the_hessian(case: Case, shape: tuple[i
 
 
 @each_case
+@each_shape
+def test_roots_through_a_matrix_and_the_sum_are_the_hessians(case: Case, shape: tuple[int, ...]) -> None:
+    f, y = case.data(shape)
+    _, H = hessian_rows(case.oracle, f, y)
+    blocks = torch.stack([H[i : i + C, i : i + C] for i in range(0, f.numel(), C)])
+    total = case.likelihood.output_hessian_sum(f, y)
+    torch.testing.assert_close(total, blocks.sum(0), rtol=0, atol=1e-12)
+    assert torch.equal(total, total.mT)
+    W = torch.randn(3, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    X = case.likelihood.output_hessian_sqrt_through(f, y, W)
+    assert X.shape[:-1] == (*shape[:-1], 3)
+    torch.testing.assert_close(X @ X.mT, (W @ blocks @ W.T).reshape(*shape[:-1], 3, 3), rtol=0, atol=1e-12)
+
+
+@each_case
 def test_loss_is_differentiable_twice_through_the_outputs(case: Case) -> None:
     f, y = case.data((5, C))
     _, H = hessian_rows(case.likelihood.loss, f, y)
@@ -166,6 +181,23 @@ def test_saturated_softmax_keeps_its_digits_in_float32(top: int) -> None:
         torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=0)
     naive = f.softmax(-1)[0, top] - 1
     assert abs(naive - lik.gradient(f.double(), y)[0, top]) > 0.1 * abs(lik.gradient(f.double(), y)[0, top])
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_roots_through_a_matrix_and_the_sum_keep_their_digits_in_float32(top: int) -> None:
+    f = torch.zeros(1, C)
+    f[0, top], f[0, 1] = 25.0, 3.0  # 1 − p = 3e-10
+    y = torch.zeros(1, dtype=torch.long)
+    W = torch.randn(3, C, generator=torch.Generator().manual_seed(1))
+    p = f[0].double().softmax(0)
+    block = torch.zeros(C, C, dtype=torch.float64)
+    for c in range(C):
+        for d in range(C):
+            block[c, d] = -p[c] * p[d] if c != d else p[c] * p[torch.arange(C) != c].sum()
+    torch.testing.assert_close(Categorical().output_hessian_sum(f, y).double(), block, rtol=1e-5, atol=0)
+    X = Categorical().output_hessian_sqrt_through(f, y, W).double()[0]
+    product = W.double() @ block @ W.double().T
+    assert (X @ X.T - product).norm() <= 1e-6 * product.norm()
 
 
 def test_extreme_logits_stay_finite() -> None:

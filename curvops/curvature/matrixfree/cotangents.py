@@ -9,7 +9,7 @@ unless they are told apart by independent random signs: then R columns have the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,11 +21,13 @@ from typing_extensions import Self
 from curvops.curvature.matrixfree.fisher import Datum, EmpiricalFisher, MCFisher
 from curvops.curvature.matrixfree.ggn import GGN, GaussNewton
 from curvops.curvature.matrixfree.jacobian import UnweightedGGN
+from curvops.curvature.matrixfree.roots import Given, OfLikelihood, Root
 from curvops.curvature.objective import Objective
 from curvops.errors import UnsupportedError
 from curvops.linalg.probes import resolve_seed
 from curvops.nets import draws
 from curvops.nets.batches import Batch
+from curvops.nets.head import Head
 from curvops.nets.likelihood import Likelihood
 
 FisherKind = Literal["exact", "mc", "empirical", "identity"]
@@ -130,33 +132,33 @@ class Cotangents:
         if self.fisher == "identity" or likelihood is None:
             C = f.shape[-1]
             S = torch.eye(C, dtype=f.dtype, device=f.device).expand(*f.shape, C)
-            return Columns(S, apart=f.dim() == 3 and f.shape[1] > 1)
+            return Columns(Given(S), apart=f.dim() == 3 and f.shape[1] > 1)
         if self.fisher == "mc":
             sampled = [
                 likelihood.pseudo_gradients_at(f, batch.y, seed=self.seed, position=batch.position, sample=s)
                 for s in range(self.num_samples)
             ]
             apart = not self.joint and f.dim() == 3 and f.shape[1] > 1
-            return Columns(torch.stack(sampled, -1) / math.sqrt(self.num_samples), apart)
+            return Columns(Given(torch.stack(sampled, -1) / math.sqrt(self.num_samples)), apart)
         if self.fisher == "empirical":
-            S = likelihood.gradient(f, batch.y).unsqueeze(-1)
+            root: Root = Given(likelihood.gradient(f, batch.y).unsqueeze(-1))
             if self.datum == "example":
-                return Columns(S, apart=False)
+                return Columns(root, apart=False)
         else:
             if not likelihood.is_convex:
                 raise UnsupportedError(
                     f"the {likelihood.name} likelihood is not convex, so that its output Hessian has no root to pull "
                     "back; use GGN (matrix-free) or BlockHessian"
                 )
-            S = likelihood.output_hessian_sqrt(f, batch.y)
-        columns = Columns(S, apart=f.dim() == 3 and f.shape[1] > 1)
+            root = OfLikelihood(likelihood, f, batch.y)
+        columns = Columns(root, apart=f.dim() == 3 and f.shape[1] > 1)
         if not columns.apart or self.tokens == "separate":
             return columns
         if self.tokens == "auto" and columns.count <= SEPARATE_UP_TO:
             return columns
         positions = torch.arange(batch.position, batch.position + len(f), device=f.device)
         signs = draws.uniforms(self.seed, positions, 0, f.shape[1], stream=_SIGNS).sub(0.5).sign().to(f.dtype)
-        return Columns(S, apart=False, signs=signs)
+        return Columns(root, apart=False, signs=signs)
 
     def separate(self) -> Cotangents:
         """The same with the positions of a sequence kept apart."""
@@ -165,33 +167,34 @@ class Cotangents:
 
 @dataclass(frozen=True)
 class Columns:
-    """`S` (B, C, R) or (B, T, C, R); `apart` where each position has columns of its own, else perhaps a random sign."""
+    """Those of `root`; `apart` where each position has columns of its own, else perhaps a random sign."""
 
-    S: Float[Tensor, "*f R"]
+    root: Root
     apart: bool
     signs: Float[Tensor, "B T"] | None = None
 
     @property
     def count(self) -> int:
         """K, columns in all."""
-        return self.S.shape[-1] * (self.S.shape[1] if self.apart else 1)
+        return self.root.shape[-1] * (self.root.shape[1] if self.apart else 1)
 
-    def through(self, root: Callable[[Tensor], Tensor]) -> Columns:
-        """The same columns of another root, each datum's and position's made of the one here."""
+    def through(self, head: Head) -> Columns:
+        """Columns of the head's features that say the same, no more of them than there are features."""
         # Columns first in memory, since they are taken one by one.
-        S = root(self.S).movedim(-1, 0).contiguous().movedim(0, -1)
-        return replace(self, S=S)
+        S = head.root(self.root.through).movedim(-1, 0).contiguous().movedim(0, -1)
+        return replace(self, root=Given(S))
 
     def chunks(self, step: int) -> Iterator[Float[Tensor, "*f k"]]:
         """The columns in groups of at most `step`, each `(*f.shape, k)`."""
+        S = self.root.matrix()
         for start in range(0, self.count, step):
             stop = min(self.count, start + step)
             if not self.apart:
-                some = self.S[..., start:stop]
+                some = S[..., start:stop]
                 yield some if self.signs is None else some * self.signs[..., None, None]
                 continue
-            R = self.S.shape[-1]
-            number = torch.arange(start, stop, device=self.S.device)
-            chosen = self.S[..., number % R]  # (B, T, C, k)
-            here = torch.arange(self.S.shape[1], device=self.S.device)[:, None, None] == number // R
+            R = S.shape[-1]
+            number = torch.arange(start, stop, device=S.device)
+            chosen = S[..., number % R]  # (B, T, C, k)
+            here = torch.arange(S.shape[1], device=S.device)[:, None, None] == number // R
             yield torch.where(here, chosen, 0)

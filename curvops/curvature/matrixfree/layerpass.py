@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
@@ -39,8 +39,8 @@ STACKED_BYTES = 2**25
 STACKED_EXAMPLES = 16
 """Fewer examples in a chunk cost more than their stacks save."""
 
-_DECOMPOSITION = 20
-"""How much longer than those of a product the operations of a QR decomposition take."""
+_ROOT = 10
+"""How much longer than those of a product R·d² multiplications for a head's root take: 2 to 10 from 32 features up."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Step:
         first: Whether these are the first columns of their examples, for the parameters that have factors here.
         last: Whether they are the last.
         outputs: f of the examples.
+        moment: Σ g gᵀ `(C, C)` over the examples' positions and all of their columns, where those have been summed
+            already: g of the factors, which are the last layer's, is one column of zeros.
     """
 
     factors: list[Factors | None]
@@ -60,6 +62,7 @@ class Step:
     first: bool
     last: bool
     outputs: Tensor
+    moment: Tensor | None = None
 
 
 class LayerPass:
@@ -78,6 +81,7 @@ class LayerPass:
             not all of the targets count.
 
     Attributes:
+        moments: Whether such a last layer may have its columns summed already, see `Step.moment`.
         fallback: Names of the parameters that no layer rule covers, known after a pass.
         sketched: Whether positions of sequences were told apart by random signs.
     """
@@ -96,6 +100,7 @@ class LayerPass:
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
+        self.moments = False
         self.layers = Layers(objective.network, objective.selection, needs=needs, few=cotangents.few)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
@@ -147,10 +152,17 @@ class LayerPass:
                     continue
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
                 outputs.append(capture.outputs)
-                roots = self._roots(capture, columns)
+                with torch.no_grad():
+                    roots = self._roots(capture, columns)
                 for place, some in roots:
+                    moment = some.root.moment() if place == "head" and self.moments else None
+                    if moment is not None:
+                        zero = moment.new_zeros(()).expand(*capture.outputs.shape, 1)
+                        yield Step(capture.factors(zero, place), active, True, True, capture.outputs, moment)
+                        continue
                     # The head's columns are there already; others are pulled back as many at a time as suits.
-                    at_once = some.count if place == "head" and not some.apart else self._step(len(part.y), room)
+                    there = place == "head" and not some.apart and some.signs is None
+                    at_once = some.count if there else self._step(len(part.y), room)
                     number = -(-some.count // at_once)
                     for i, U in enumerate(some.chunks(at_once)):
                         last = i == number - 1
@@ -165,15 +177,15 @@ class LayerPass:
 
     def _roots(self, capture: Capture, columns: Columns) -> list[tuple[Place, Columns]]:
         """Which columns are pulled back to which parameters."""
-        head, R = capture.head, columns.S.shape[-1]
+        head, R = capture.head, columns.root.shape[-1]
         if not self._narrow or head is None or head.weight.shape[0] >= R:
             return [("everywhere", columns)]
         d = head.weight.shape[0]
         behind = sum(p for i, p in enumerate(self.objective.selection.sizes) if i not in head.parameters)
-        # A column less saves a product per parameter and row; the decomposition runs far below a product's speed.
-        if (R - d) * behind <= _DECOMPOSITION * R * d**2:
+        # A column less saves a product per parameter and row; the roots, in double precision, run far below its speed.
+        if (R - d) * behind <= _ROOT * R * d**2:
             return [("everywhere", columns)]
-        return [("head", replace(columns, signs=None)), ("body", columns.through(head.root))]
+        return [("head", columns), ("body", columns.through(head))]
 
     def _chunk(self, size: int, room: int) -> int:
         """Examples in a chunk, as far as is known before their columns."""

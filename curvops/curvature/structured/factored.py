@@ -213,6 +213,7 @@ class Sums:
         """One pass; False where it has to begin again."""
         every = [pair for group, totals in zip(parts, found, strict=True) for pair in zip(group, totals, strict=True)]
         moments = Moments(self.choice.approx)
+        self.passes.moments = not self._exact  # an exact block needs the columns themselves
         for step in self.passes:
             used: dict[int, Factors] = {}
             for number, (part, total) in enumerate(every):
@@ -228,13 +229,14 @@ class Sums:
                     self._exact.add(part.positions)
                     return False
                 if exact:
+                    assert step.moment is None
                     self._refuse(part)
                     total.add_exact(factors, self.choice.fallback)
                 else:
                     used[number] = factors
             factors = None
             step.factors.clear()  # moments free what they have summed
-            moments.add(used, step.active, step.first)
+            moments.add(used, step.active, step.first, step.moment)
         for number, pairs in moments.pairs().items():
             every[number][1].pairs = pairs
         return True

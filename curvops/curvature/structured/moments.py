@@ -43,6 +43,11 @@ class SymmetricSum:
         for start, stop in _panels(X.shape[1]):
             total[0, start:stop, start:].addbmm_(X[:, start:stop], X[:, start:].transpose(1, 2), beta=kept)
 
+    def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
+        """What was summed elsewhere."""
+        total, kept = self._prepared(S, *S.shape[:2])
+        total.copy_(S) if kept == 0 else total.add_(S)
+
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
@@ -90,7 +95,13 @@ class Moments:
         self._inputs: dict[tuple[_Use, ...], SymmetricSum] = {}
         self._outputs: dict[tuple[_Use, ...], SymmetricSum] = {}
 
-    def add(self, used: dict[int, Factors], active: Bool[Tensor, "*b"], first: bool) -> None:
+    def add(
+        self,
+        used: dict[int, Factors],
+        active: Bool[Tensor, "*b"],
+        first: bool,
+        moment: Float[Tensor, "O O"] | None = None,
+    ) -> None:
         """Some columns of some examples.
 
         Args:
@@ -98,6 +109,7 @@ class Moments:
                 freed as it is summed.
             active: `(B,)` or `(B, T)`, what counts.
             first: Whether the examples come for the first time, so that their inputs count.
+            moment: What to take for Σ g gᵀ, in either approximation, instead of summing it.
         """
         weights: dict[int, _Weight] = {}
         inputs: dict[object, tuple[Tensor, _Weight, bool, list[_Use]]] = {}
@@ -130,7 +142,11 @@ class Moments:
             _add_inputs(self._inputs.setdefault(tuple(uses), SymmetricSum()), a, weight, together)
         for key in list(outputs):
             g, together, uses = outputs.pop(key)
-            _add_outputs(self._outputs.setdefault(tuple(uses), SymmetricSum()), g, together)
+            total = self._outputs.setdefault(tuple(uses), SymmetricSum())
+            if moment is None:
+                _add_outputs(total, g, together)
+            else:
+                total.add_sum(moment.unsqueeze(0))
 
     def knows(self, number: int) -> bool:
         """Whether there were factors of it."""
