@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvops.nets.factors import Direct, Factors, Lookup, Outer, Part, Shift
+from curvops.nets.factors import Direct, Factors, Lookup, Made, Outer, Part, Shift
 from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
@@ -160,7 +160,7 @@ class Capture(LayerGraph):
         self._recomputes = layers.recomputes
         self._layers, self._x = layers, x
         self._readings: list[list[Reading] | None] = []
-        self._values: dict[tuple[int, int], Tensor] = {}
+        self._values: dict[tuple[int, int], Tensor | Made] = {}
         self.fallback: list[int] = []
         self.head: Head | None = None
         self.unused = [i for i, sites in enumerate(self._sites) if not sites]
@@ -285,19 +285,26 @@ class Capture(LayerGraph):
             assert value is not None
             return Outer(value, cotangent, t.flipped)
         if t.kind == "lookup":
-            assert value is not None
+            assert isinstance(value, Tensor)
             return Lookup(value, cotangent, t.size)
         return Shift(cotangent) if t.kind == "shift" else Direct(cotangent)
 
-    def _value(self, key: tuple[int, int], r: Reading, B: int) -> Tensor | None:
+    def _value(self, key: tuple[int, int], r: Reading, B: int) -> Tensor | Made | None:
         """The site's input with examples first, kept for further cotangents."""
         t = r.tap
         if t.value is None:
             return None
         if key not in self._values:
-            value = t.value().detach()
-            value = value.expand(B, *value.shape) if r.layout == "shared" else self._split(value, 0, r.layout, B)
-            self._values[key] = value.flatten(1, 2)
+            get, layout, split = t.value, r.layout, self._split
+
+            def value() -> Tensor:
+                rows = get().detach()
+                rows = rows.expand(B, *rows.shape) if layout == "shared" else split(rows, 0, layout, B)
+                return rows.flatten(1, 2)
+
+            positions = t.rows if layout == "shared" else t.rows // B
+            shape = None if t.made is None else (B, positions * t.made[0], *t.made[1:])
+            self._values[key] = value() if shape is None else Made(shape, self.outputs.dtype, value)
         return self._values[key]
 
     @staticmethod

@@ -10,7 +10,7 @@ Letters: K cotangents, B examples, T positions, G groups, I and O inputs and out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +27,48 @@ SQUARED = 2**18
 """Entries of one whose squares are summed at once."""
 
 
+class Made:
+    """A tensor that is made when it is asked for, and kept until it is dropped: patches are many times their image.
+
+    Args:
+        shape, dtype: Its own.
+        make: Makes it.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, make: Callable[[], Tensor]) -> None:
+        self.shape = torch.Size(shape)
+        self.nbytes = self.shape.numel() * dtype.itemsize
+        self._make = make
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def drop(self) -> None:
+        """Free it; who asks again has it made again."""
+        self._value = None
+
+
 @dataclass(frozen=True)
 class Outer:
-    """`a` (B, T, G, I), `g` (K, B, T, G, O); the parameter is `(G, O, I)`, or `(G, I, O)` where flipped."""
+    """`a` (B, T, G, I), `g` (K, B, T, G, O); the parameter is `(G, O, I)`, or `(G, I, O)` where flipped.
 
-    a: Float[Tensor, "B T G I"]
+    The inputs are a, or what it is made of.
+    """
+
+    inputs: Float[Tensor, "B T G I"] | Made
     g: Float[Tensor, "K B T G O"]
     flipped: bool = False
 
     @property
+    def a(self) -> Float[Tensor, "B T G I"]:
+        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs.value()
+
+    @property
     def positions(self) -> int:
-        return self.a.shape[1]
+        return self.g.shape[2]
 
     def examples(self, rows: slice) -> Outer:
         return Outer(self.a[rows], self.g[:, rows], self.flipped)
@@ -247,9 +278,9 @@ class Factors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors."""
-        held = [t for part in self.parts for t in vars(part).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+        """Bytes of the factors, with those that are not made yet."""
+        held = [t for part in self.parts for t in vars(part).values() if isinstance(t, Tensor | Made)]
+        return sum(t.nbytes for t in held)
 
     @property
     def is_cheap(self) -> bool:
@@ -263,7 +294,7 @@ class Factors:
             return None
         part = self.parts[0]
         if isinstance(part, Outer):
-            return part if part.positions == 1 and part.a.shape[2] == 1 else None
+            return part if part.positions == 1 and part.g.shape[3] == 1 else None
         return part if isinstance(part, Shift) and part.positions == 1 else None
 
 
@@ -337,7 +368,7 @@ def _joined(parts: list[Part]) -> list[Part]:
     groups: dict[object, list[Part]] = {}
     for part in parts:
         if isinstance(part, Outer):
-            key: object = (Outer, part.a.shape[2:], part.g.shape[3:], part.flipped)
+            key: object = (Outer, part.inputs.shape[2:], part.g.shape[3:], part.flipped)
         elif isinstance(part, Direct):
             key = Direct
         else:

@@ -41,6 +41,7 @@ class Tap:
         value: The input, outer `(R, T, G, I)`, lookup `(R, T)` indices; None otherwise.
         flipped: outer: the parameter is `(G, I, O)` rather than `(G, O, I)`.
         size: lookup: rows of the table.
+        made: `(T, G, I)` of an input that is no view of what the graph keeps, but made anew.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Tap:
     value: Callable[[], Tensor] | None = None
     flipped: bool = False
     size: int = 0
+    made: tuple[int, int, int] | None = None
 
 
 Rule = Callable[[Site, Placement, torch.Size], Tap | None]
@@ -166,7 +168,8 @@ def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
         patches = lambda g: window(g.flatten(0, 1), G, x.shape[2:]).unflatten(0, g.shape[:2])  # noqa: E731
         return Tap("outer", edge, x.shape[0], patches, lambda: plain(x), flipped=True)
     space = shape_at(edge)[2:]
-    return Tap("outer", edge, x.shape[0], plain, lambda: window(x, G, space))
+    made = space.numel(), G, shape[1:].numel()
+    return Tap("outer", edge, x.shape[0], plain, lambda: window(x, G, space), made=made)
 
 
 class _Window:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvops.curvature.structured.statistics import Approx, Pair
-from curvops.nets.factors import Factors, Lookup, Outer, Shift
+from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift
 
 PANEL = 64
 """Rows of a panel of a symmetric product."""
@@ -112,7 +112,7 @@ class Moments:
             moment: What to take for Σ g gᵀ, in either approximation, instead of summing it.
         """
         weights: dict[int, _Weight] = {}
-        inputs: dict[object, tuple[Tensor, _Weight, bool, list[_Use]]] = {}
+        inputs: dict[object, tuple[Tensor | Made, _Weight, bool, list[_Use]]] = {}
         outputs: dict[object, tuple[Tensor, bool, list[_Use]]] = {}
         for number, factors in used.items():
             for part in factors.parts:
@@ -132,14 +132,19 @@ class Moments:
                 weight = weights[part.positions]
                 self._terms[use] += weight.examples if together else weight.positions
                 if isinstance(part, Outer):
-                    inputs.setdefault(_identity(part.a), (part.a, weight, together, []))[3].append(use)
+                    inputs.setdefault(_identity(part.inputs), (part.inputs, weight, together, []))[3].append(use)
                 if isinstance(part, Lookup):
                     counts = self._counts.setdefault(use, part.g.new_zeros(part.size))
                     counts.index_add_(0, part.index.reshape(-1), weight.each.reshape(-1))
         used.clear()
         for key in list(inputs):
             a, weight, together, uses = inputs.pop(key)
-            _add_inputs(self._inputs.setdefault(tuple(uses), SymmetricSum()), a, weight, together)
+            total = self._inputs.setdefault(tuple(uses), SymmetricSum())
+            if isinstance(a, Tensor):
+                _add_inputs(total, a, weight, together)
+            else:
+                _add_inputs(total, a.value(), weight, together)
+                a.drop()  # further columns have no use of it
         for key in list(outputs):
             g, together, uses = outputs.pop(key)
             total = self._outputs.setdefault(tuple(uses), SymmetricSum())
@@ -170,12 +175,14 @@ class Moments:
 def _kind(part: Outer | Lookup | Shift) -> object:
     """Uses of one kind have factors of one shape, which add up."""
     if isinstance(part, Outer):
-        return "outer", part.flipped, part.a.shape[2:], part.g.shape[3:]
+        return "outer", part.flipped, part.inputs.shape[2:], part.g.shape[3:]
     return ("lookup",) if isinstance(part, Lookup) else ("shift", part.g.shape[3:])
 
 
-def _identity(t: Tensor) -> object:
+def _identity(t: Tensor | Made) -> object:
     """What tells a tensor from the others that are alive."""
+    if isinstance(t, Made):
+        return id(t)
     return t.data_ptr(), t.shape, tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
 
 

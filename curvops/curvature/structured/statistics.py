@@ -149,7 +149,7 @@ def has_pairs(factors: Factors) -> bool:
     if len(factors.parts) == 1:
         return True
     # Several kinds meet in a tied weight; they must be matrices of the same two axes.
-    return all(isinstance(part, Lookup) or (isinstance(part, Outer) and part.a.shape[2] == 1) for part in factors.parts)
+    return all(isinstance(part, Lookup) or (isinstance(part, Outer) and part.g.shape[3] == 1) for part in factors.parts)
 
 
 def combined(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:

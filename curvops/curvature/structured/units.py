@@ -61,7 +61,7 @@ class Unit:
         outer, shift = weight.parts[0], bias.parts[0]
         if not isinstance(outer, Outer) or not isinstance(shift, Shift):
             raise ApartError
-        if (outer.flipped and outer.a.shape[2] > 1) or not _is_same(outer.g.flatten(3), shift.g):
+        if (outer.flipped and outer.g.shape[3] > 1) or not _is_same(outer.g.flatten(3), shift.g):
             raise ApartError
         if self._inputs is None or self._inputs[0] is not outer.a:  # the same for all columns of the examples
             self._inputs = outer.a, torch.cat([outer.a, outer.a.new_ones(*outer.a.shape[:3], 1)], -1)
