@@ -18,6 +18,7 @@ These are peaks of what lives at one time; an allocator that keeps freed blocks 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -134,14 +135,17 @@ def _machine_free() -> int:
 
 
 def _cgroup_free() -> int:
-    for limit_file, usage_file in _CGROUP_LIMITS:
-        try:
-            limit = _read(limit_file).strip()
-            if limit != b"max":
-                return max(0, int(limit) - int(_read(usage_file)))
-        except OSError:
-            continue
+    for limit_file, usage_file in _cgroup_limits():
+        limit = _read(limit_file).strip()
+        if limit != b"max":
+            return max(0, int(limit) - int(_read(usage_file)))
     return 2**62
+
+
+@functools.cache
+def _cgroup_limits() -> tuple[tuple[str, str], ...]:
+    """Those of the files that there are."""
+    return tuple(pair for pair in _CGROUP_LIMITS if all(os.access(path, os.R_OK) for path in pair))
 
 
 def _read(path: str) -> bytes:

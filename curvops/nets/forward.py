@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,8 +53,9 @@ class Network:
         self.fused = False
         """Whether attention runs fused, which makes the forward faster, each pass slower, and a second derivative
         impossible: for graphs that few cotangents pass over."""
-        self.recurrent: bool = has_recurrence(self.module)
-        self.plain: bool = needs_plain_kernels(self.module)
+        modules = list(self.module.modules())
+        self.recurrent: bool = has_recurrence(modules)
+        self.plain: bool = needs_plain_kernels(modules)
 
     def fusing(self) -> Network:
         """The same with `fused`."""
@@ -177,7 +179,7 @@ class Network:
         if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
             output = output.to(parameter.dtype)
         # A finite sum proves every entry finite at a tenth of the cost; an infinite one may be an overflow.
-        if not (bool(output.detach().sum().isfinite()) or bool(output.detach().isfinite().all())):
+        if not (math.isfinite(output.detach().sum()) or bool(output.detach().isfinite().all())):
             raise DataError("the network's outputs hold NaN or infinite values; look at the inputs' scale")
         return output
 

@@ -49,7 +49,10 @@ def footprint(roots: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor
 
     Cost: one visit per node.
     """
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *inputs]}
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values())
+        own.update(t.untyped_storage().data_ptr() for t in held if t is not None)
     seen: set[Any] = set()
     storages: dict[int, int] = {}
     pending = [t.grad_fn for t in roots if t.grad_fn is not None]

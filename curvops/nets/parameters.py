@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -158,7 +159,7 @@ class ParameterSelection:
         """Refuse NaN and infinite parameters by name."""
         # A finite sum proves every entry finite and costs a tenth of `isfinite`; an infinite one may be an overflow.
         sums = torch.stack([p.detach().sum() for p in self.tensors])
-        if bool(sums.isfinite().all()):
+        if math.isfinite(sums.sum()):
             return
         bad = [n for n, p in zip(self.names, self.tensors, strict=True) if not bool(p.detach().isfinite().all())]
         if bad:

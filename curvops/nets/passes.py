@@ -121,8 +121,7 @@ class PassRecord:
         if t.dtype not in (torch.float32, torch.float64):
             t = t.to(torch.float32 if t.is_floating_point() else wide)
         a, c = self._weight(0, t), self._weight(1, t)
-        sums = torch.stack([a @ (t @ c), a @ (t.abs() @ c)])
-        return sums.to(wide)
+        return (torch.stack([t, t.abs()]) @ c @ a).to(wide)
 
     def _weight(self, dim: int, t: Tensor) -> Tensor:
         """Fixed numbers in (½, 1½), one for each row (dim 0) or column (dim 1)."""

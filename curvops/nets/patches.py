@@ -111,20 +111,20 @@ def _embedding_bag(
 _MAX_NORM = "an embedding with max_norm rewrites its weights in the forward; renormalise once and set max_norm=None"
 
 
-def needs_plain_kernels(model: nn.Module) -> bool:
-    """Whether some module of the model runs a kernel that `PlainKernels` replaces (weight norm: or may run it)."""
+def needs_plain_kernels(modules: Iterable[nn.Module]) -> bool:
+    """Whether some module of a model runs a kernel that `PlainKernels` replaces (weight norm: or may run it)."""
     return any(
         isinstance(m, nn.EmbeddingBag)
         or (isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None))
         or isinstance(m, ParametrizationList)
         or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
-        for m in model.modules()
+        for m in modules
     )
 
 
-def has_recurrence(model: nn.Module) -> bool:
-    """Whether some module of the model may run a fused recurrent kernel."""
-    return any(isinstance(m, nn.RNNBase) for m in model.modules())
+def has_recurrence(modules: Iterable[nn.Module]) -> bool:
+    """Whether some module of a model may run a fused recurrent kernel."""
+    return any(isinstance(m, nn.RNNBase) for m in modules)
 
 
 @contextmanager
