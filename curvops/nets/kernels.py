@@ -58,6 +58,18 @@ class LeanLayers(TorchFunctionMode):
         return _LEAN.get(func, func)(*args, **kwargs)
 
 
+class LeanFunctions(TorchFunctionMode):
+    """Runs what has no parameters, and a derivative that is dear, as functions of this library: attention, GELU, SiLU.
+
+    For graphs that many cotangents pass over, and whose layers must be PyTorch's own.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+
+
 def _linear(rows: Rows | None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_plain([input, weight, bias]) or weight.dim() != 2:
         return F.linear(input, weight, bias)
@@ -87,11 +99,14 @@ def _sequence(value: int | Sequence[int]) -> Sequence[int]:
 
 
 _CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_FUNCTIONS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    **smooth(Elementwise.apply),
+    F.scaled_dot_product_attention: attention,
+}
 _LEAN: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm_by(LayerNorm.apply),
-    **smooth(Elementwise.apply),
-    F.scaled_dot_product_attention: attention,
+    **_FUNCTIONS,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from curvops.nets.forward import Inputs, Network
 from curvops.nets.graph import graph_bytes
 from curvops.nets.kept import Kept
+from curvops.nets.kernels import LeanFunctions
 from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.rules import Tap, tap
@@ -56,7 +58,8 @@ class LayerGraph(Kept):
 
     def __init__(self, network: Network, selection: ParameterSelection, x: Inputs) -> None:
         super().__init__(network, selection, "double_backward")
-        self._f = network(x, selection.tensors)
+        with nullcontext() if network.fused else LeanFunctions():
+            self._f = network(x, selection.tensors)
         self.outputs: Tensor = self._f.detach()
         self._users = graph_users(self._f)
         self._sites = find_sites(self._users, selection.tensors)
