@@ -53,8 +53,9 @@ class Layers:
         self.needs: Needs = needs
         self.recorded = network.fusing() if few else network
         """The network as graphs of it are recorded."""
-        self.recomputes = False
-        """Whether passes run parts of the forward again (checkpoints), which must then see what the first one saw."""
+        self.hooked = self.recomputes = False
+        """Whether hooks intercept what a forward saves; whether passes run parts of it again (checkpoints), which must
+        then see what the first one saw."""
         self._plans: dict[object, Plan] = {}
         self._bytes_per_example = 0
         self._few: tuple[Capture, Inputs, int] | None = None
@@ -63,7 +64,9 @@ class Layers:
     def needing(self, needs: Needs) -> Layers:
         """The same, with nothing learned yet."""
         few = self.recorded is not self.network
-        return Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few)
+        layers = Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few)
+        layers.hooked, layers.recomputes = self.hooked, self.recomputes
+        return layers
 
     @property
     def bytes_per_example(self) -> int:
@@ -77,7 +80,7 @@ class Layers:
         would lie, nor do gradients that are all zero: the next batch is asked again. What shapes may show is left open
         until there is another batch to compare with, which `capture` makes.
         """
-        kind = _example_shapes(x, size)
+        kind, self._few = _example_shapes(x, size), None
         plan = self._plans.get(kind)
         if plan is None or (not plan.certain and size > 1):
             if self.needs != "all" and size > WITNESSES:
@@ -99,13 +102,14 @@ class Layers:
         kind, few, self._few = _example_shapes(x, size), self._few, None
         if few is not None and size <= WITNESSES:  # a chunk too small to be compared with
             self._plans[kind], few = self._learned(*few[1:]), None
+        witnessed, self._witnessed = self._witnessed, None
         batch = Capture(self, x)
         if few is not None:
             self._plans[kind] = self._shown(few[0], batch, x, size)
-        if self._witnessed is not None:
-            both = min(len(self._witnessed), len(batch.outputs))
-            require_independent(self.network, x, size, self._witnessed[:both], batch.outputs[:both])
-            self._witnessed = None
+            witnessed, self._witnessed = self._witnessed, None
+        if witnessed is not None:
+            both = min(len(witnessed), len(batch.outputs))
+            require_independent(self.network, x, size, witnessed[:both], batch.outputs[:both])
         if not batch.read(self._plans[kind], size):  # the forward does something else with this batch
             self._require_alone(x, size, batch.outputs)
             batch.read(plan_of_batch(batch), size)
@@ -124,8 +128,9 @@ class Layers:
         count = min(size, WITNESSES)
         while True:
             few = Capture(self, _copied(take(x, 0, count, size)))
-            # Where these are all there are, nothing later shows that rows were as many as examples by chance.
-            layouts, sure = layouts_by_pass(few, [count // 2] if count < size else range(count))
+            # Where these are all there are, nothing later shows that rows were as many as examples by chance; and of
+            # three the one in the middle would stay where it is if their order were turned.
+            layouts, sure = layouts_by_pass(few, [1] if count == 2 < size else range(count))
             if not sure:
                 layouts, sure = layouts_by_pass(few, range(count))
             # A pair whose rows are not apart may be mixed as all pairs are: a third has no partner.
@@ -156,7 +161,8 @@ class Capture(LayerGraph):
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
-        super().__init__(layers.recorded, layers.selection, x)
+        super().__init__(layers.recorded, layers.selection, x, hooked=layers.hooked)
+        layers.hooked = self.hooked
         self._recomputes = layers.recomputes
         self._layers, self._x = layers, x
         self._readings: list[list[Reading] | None] = []
@@ -181,6 +187,7 @@ class Capture(LayerGraph):
         Cost: the backward of K columns through the activations; no gradient of a parameter is formed, except in the
         fallback, which pulls back every example's cotangents through the whole network. Those of the head are free.
         """
+        last = last and not self.hooked  # a pass that is made again must find the graph
         head = self.head if place != "everywhere" else None
         width = self.outputs.shape[-1] if head is None or place == "head" else head.weight.shape[0]
         self._check(U, (*self.outputs.shape[:-1], width), "factors")

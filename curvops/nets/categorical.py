@@ -131,7 +131,7 @@ class Categorical(Likelihood):
         q = (s.sqrt() * p).flatten(0, -2)
         total = -(q.T @ q)
         total.diagonal().copy_((s * p * complement).flatten(0, -2).sum(0))
-        return total
+        return (total + total.mT) / 2  # products are symmetric up to rounding
 
     def rank(self, C: int) -> int:
         """C − 1: a softmax does not see a common shift of its inputs."""

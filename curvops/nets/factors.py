@@ -42,6 +42,7 @@ class Made:
         self._value: Tensor | None = None
 
     def value(self) -> Tensor:
+        """It."""
         if self._value is None:
             self._value = self._make()
         return self._value

@@ -31,14 +31,16 @@ class Head(NamedTuple):
         features: Where φ enters, `(rows, d)`.
         weight: W `(d, C)`.
         parameters: Positions of those that are its own, and used nowhere else.
+        whole: Whether each of them enters as it is, or transposed: not a part of it, nothing rearranged or broadcast.
     """
 
     output: GradientEdge
     features: GradientEdge
     weight: Float[Tensor, "d C"]
     parameters: frozenset[int]
+    whole: bool
 
-    def root(self, through: Callable[[Tensor], Iterable[Float[Tensor, "*b d R"]]]) -> Float[Tensor, "*B d d"]:
+    def root(self, through: Callable[[Tensor], Iterable[Float[Tensor, "n d R"]]]) -> Float[Tensor, "N d d"]:
         """Roots of W S Sᵀ Wᵀ with d columns, where R is at least d. N (R·d² + d³/3) multiplications for N of them.
 
         Args:
@@ -48,28 +50,27 @@ class Head(NamedTuple):
         return torch.cat([_narrowed(X).mT for X in through(self.weight)]).mT
 
 
-def _narrowed(X: Float[Tensor, "*n d R"]) -> Float[Tensor, "*n d d"]:
+def _narrowed(X: Float[Tensor, "n d R"]) -> Float[Tensor, "n d d"]:
     """A lower triangular root of X Xᵀ.
 
     Only root · rootᵀ enters a curvature, and there a Cholesky factor of the product errs no more than the triangle of a
     QR decomposition of X, which takes far longer. But a confident softmax makes products that are singular to rounding,
-    and have no such factor. What is narrower than float64 is multiplied out in that, and raised by what is still far
-    below its own rounding; in float64 the rows without a factor are decomposed the longer way.
+    and have no such factor. What is narrower than float64 is multiplied out in that, and each entry of the diagonal
+    raised by what is still far below its own rounding; rows without a factor are decomposed the longer way.
     """
     wide = X.dtype if X.device.type == "mps" else torch.float64
-    dtype, shape = X.dtype, X.shape[:-2]
-    X = X.to(wide).flatten(0, -3)
+    dtype, X = X.dtype, X.to(wide)
     product = X @ X.mT
     diagonal = product.diagonal(0, -2, -1)
-    size = diagonal.sum(-1, keepdim=True)
+    nothing = diagonal == 0  # where rows of X are zero, those of the root are
     if dtype != wide:
-        diagonal += size * (X.shape[-2] * torch.finfo(wide).eps)
-    diagonal += size == 0  # what does not count has the root zero
+        diagonal *= 1 + X.shape[-2] ** 2 * torch.finfo(wide).eps
+    diagonal += nothing
     root, failed = torch.linalg.cholesky_ex(product)
-    root *= (size != 0).unsqueeze(-1)
+    root *= ~nothing.unsqueeze(-1)
     for n in failed.nonzero().flatten().tolist():
         root[n] = torch.linalg.qr(X[n].mT, mode="r").R.mT
-    return root.to(dtype).unflatten(0, shape)
+    return root.to(dtype)
 
 
 def find_head(f: Tensor, sites: Sequence[Sequence[Site]]) -> Head | None:
@@ -92,4 +93,11 @@ def find_head(f: Tensor, sites: Sequence[Sequence[Site]]) -> Head | None:
     # Whatever else enters must be a parameter itself, and enter here alone.
     if entered != others or any(len(sites[i]) != len(slots) for i, slots in own.items()):
         return None
-    return Head(output, GradientEdge(inside, number), node._saved_mat2.detach(), frozenset(own))
+    W = node._saved_mat2.detach()
+    entries = {len(node.next_functions) - 1: W.numel(), 0 if slot else -1: W.shape[1]}  # of weight and bias, by slot
+    whole = all(
+        site.moved in ((), ("TBackward0",)) and site.operand_shape.numel() == entries[site.slot]
+        for i in own
+        for site in sites[i]
+    )
+    return Head(output, GradientEdge(inside, number), W, frozenset(own), whole)

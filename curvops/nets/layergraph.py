@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks
 
 from curvops.nets.forward import Inputs, Network
 from curvops.nets.graph import graph_bytes
 from curvops.nets.kept import Kept
 from curvops.nets.kernels import LeanFunctions
-from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.layers import Node, Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.rules import Tap, tap
 
@@ -25,6 +25,8 @@ AtEdges = dict[tuple[Any, int], Tensor | None]
 
 Layout = Literal["batch first", "batch last", "shared"]
 """How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+_NO_HOOKS = "saved tensors are looked for without hooks"
 
 _BY_INDEX = frozenset(
     f"{name}Backward0"
@@ -51,19 +53,27 @@ class LayerGraph(Kept):
         network: The network.
         selection: The parameters.
         x: Inputs of the batch.
+        hooked: Whether hooks are known to intercept what the forward saves.
 
     Attributes:
         outputs: f, detached.
+        hooked: Whether hooks intercept what the forward saves (checkpoints, offloading): passes may fail half-way, and
+            are then made again.
     """
 
-    def __init__(self, network: Network, selection: ParameterSelection, x: Inputs) -> None:
+    def __init__(self, network: Network, selection: ParameterSelection, x: Inputs, *, hooked: bool = False) -> None:
         super().__init__(network, selection, "double_backward")
         with nullcontext() if network.fused else LeanFunctions():
-            self._f = network(x, selection.tensors)
+            self._f, self.hooked = _recorded(network, x, selection.tensors, hooked)
         self.outputs: Tensor = self._f.detach()
         self._users = graph_users(self._f)
         self._sites = find_sites(self._users, selection.tensors)
         self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The operations behind the outputs, in an order that is the same for graphs of the same operations."""
+        return [] if self._f.grad_fn is None else [self._f.grad_fn, *self._users]
 
     @property
     def graph_bytes(self) -> int:
@@ -155,6 +165,18 @@ class LayerGraph(Kept):
         tensor = self.selection.tensors[site.parameter]
         place = placement(site, tensor)
         return None if place is None else tap(site, place, tensor.shape)
+
+
+def _recorded(network: Network, x: Inputs, selected: Sequence[Tensor], hooked: bool) -> tuple[Tensor, bool]:
+    """f on its graph, and whether hooks intercept what is saved; to find that out may take a forward of its own."""
+    if not hooked:
+        try:
+            with disable_saved_tensors_hooks(_NO_HOOKS):
+                return network(x, selected), False
+        except RuntimeError as error:
+            if _NO_HOOKS not in str(error):
+                raise
+    return network(x, selected), True
 
 
 def edge_key(edge: GradientEdge) -> tuple[Any, int]:

@@ -8,6 +8,7 @@ looking where it arrives.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, edge_key
 from curvops.nets.layers import shape_at
-from curvops.nets.rules import Tap
+from curvops.nets.rules import Tap, signed
 
 Needs = Literal["terms", "examples", "all"]
 """What must be known of rows: that each is of one example, where they are terms of a sum over all; which belong to one
@@ -41,14 +42,13 @@ class Plan:
 def layouts_by_shapes(few: LayerGraph, whole: LayerGraph, needs: Needs) -> list[list[Layout] | None] | None:
     """The layouts that shapes show: those of a batch beside those of another number of examples. No pass is made.
 
-    That examples do not depend on each other is for the caller to compare: then what has rows in proportion to their
-    number has them for each apart. Not seen are a permutation of the examples, for which "all" asks for a pass, and
-    examples that depend on each other in their derivatives alone (`m − m.detach()` of a mean m over the batch).
+    What has rows in proportion to the number of examples has them for each apart if examples do not depend on each
+    other. That outputs do not is for the caller to compare; and no operation may work along the examples' axis.
 
     Returns:
         As `layouts_by_pass`; None where shapes leave open what is needed.
     """
-    if needs == "all" or len(few.outputs) == len(whole.outputs) or whole.moves_by_index:
+    if needs == "all" or len(few.outputs) == len(whole.outputs) or whole.moves_by_index or not _are_apart(few, whole):
         return None
     found: list[list[Layout] | None] = []
     for mine, theirs in zip(few.taps(), whole.taps(), strict=True):
@@ -74,6 +74,50 @@ def layouts_by_shapes(few: LayerGraph, whole: LayerGraph, needs: Needs) -> list[
             layouts = None if layouts is None else [*layouts, layout]
         found.append(layouts)
     return found
+
+
+def _are_apart(few: LayerGraph, whole: LayerGraph) -> bool:
+    """Whether every operation keeps the examples' axis, and none that is told an axis is told that one."""
+    b, B = len(few.outputs), len(whole.outputs)
+    nodes, others = few.nodes, whole.nodes
+    if len(nodes) != len(others):
+        return False
+    along: dict[Any, tuple[int, int]] = {}  # node → the axis of the examples in its result, of how many
+    for node, other in zip(nodes, others, strict=True):
+        s, S = node._input_metadata[0].shape, other._input_metadata[0].shape
+        if type(node) is not type(other) or len(s) != len(S):
+            return False
+        if s == S:
+            continue
+        axis, *more = (i for i, (n, N) in enumerate(zip(s, S, strict=True)) if n != N)
+        if more or s[axis] * B != S[axis] * b:
+            return False
+        along[node] = axis, len(s)
+    for node in nodes:
+        entering = [along[parent] for parent, _ in node.next_functions if parent in along]
+        if not entering:
+            continue
+        if node not in along:
+            return False
+        name = _axis_argument(type(node))
+        if name is None:
+            continue
+        value = getattr(node, name)
+        told = [signed(axis) for axis in (value if isinstance(value, tuple | list) else [value])]
+        if any(axis in (told_axis, told_axis + dim) for axis, dim in entering for told_axis in told):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def _axis_argument(kind: type) -> str | None:
+    """Under which name nodes of one kind show along which axes they sum, cut, join, turn or normalise.
+
+    A permutation names all axes, and works along none.
+    """
+    if kind.__name__ == "PermuteBackward0":
+        return None
+    return next((a for a in ("_saved_dim", "_saved_dims") if hasattr(kind, a)), None)
 
 
 def _shown(t: Tap, u: Tap, b: int, B: int, needs: Needs) -> Layout | None:
@@ -120,7 +164,7 @@ def layouts_by_pass(graph: LayerGraph, examples: Sequence[int]) -> tuple[list[li
 def plan_of_batch(graph: LayerGraph) -> Plan:
     """What this batch itself says of its rows, by a backward of its own."""
     B = graph.outputs.shape[0]
-    layouts, sure = layouts_by_pass(graph, [B // 2])
+    layouts, sure = layouts_by_pass(graph, [B // 2 + B % 2 if B > 1 else 0])  # not the middle, which stays if all turn
     if not sure:
         layouts, sure = layouts_by_pass(graph, range(0, B, max(1, B // WITNESSES)))
     return Plan(layouts, graph.signature(), graph.graph_bytes // B, sure)

@@ -153,7 +153,7 @@ def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     node = site.node
     if not place.whole:
         return None
-    edge, x = GradientEdge(node, 0), node._saved_input
+    edge, x = GradientEdge(node, 0), node._saved_input.detach()  # patches, made later, shall not keep the graph
     if site.slot == 2:
         return Tap("shift", edge, x.shape[0], lambda g: g.flatten(3).transpose(2, 3))
     if site.slot != 1:
@@ -208,7 +208,7 @@ def _embedding(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     node = site.node
     if not place.whole or node._saved_scale_grad_by_freq:
         return None
-    index, padding = node._saved_indices, _signed(node._saved_padding_idx)
+    index, padding = node._saved_indices, signed(node._saved_padding_idx)
 
     def cotangent(g: Tensor) -> Tensor:
         g = g.reshape(g.shape[0], -1, 1, shape[1])
@@ -225,7 +225,7 @@ def _embedding(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     )
 
 
-def _signed(n: int) -> int:
+def signed(n: int) -> int:
     """Saved negative integers come back as unsigned 64-bit ones."""
     return n - 2**64 if n >= 2**63 else n
 

@@ -16,7 +16,7 @@ U = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 
 def head(dtype: torch.dtype, device: torch.device) -> Head:
     weight = torch.randn(D, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return Head(None, None, weight.to(device, dtype), frozenset())  # type: ignore[arg-type]
+    return Head(None, None, weight.to(device, dtype), frozenset(), True)  # type: ignore[arg-type]
 
 
 def outputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,9 @@ def hessian(f: Tensor) -> Tensor:
 def test_root_of_the_product_row_by_row(dtype: torch.dtype, device: torch.device) -> None:
     mine, (f, y) = head(dtype, device), outputs(dtype, device)
     likelihood = Categorical()
-    L = mine.root(lambda W: (likelihood.output_hessian_sqrt_through(f[n : n + 1], y[n : n + 1], W) for n in range(B)))
-    assert L.shape == (B, T, D, D)
+    L = mine.root(lambda W: (likelihood.output_hessian_sqrt_through(f[n], y[n], W) for n in range(B)))
+    assert L.shape == (B * T, D, D)
+    L = L.unflatten(0, (B, T))
     assert L.dtype == dtype
     assert torch.equal(L, L.tril())
     assert (L[2, 1] == 0).all()
@@ -61,6 +62,7 @@ def test_only_rows_without_a_cholesky_factor_are_decomposed(monkeypatch: pytest.
     likelihood = Categorical()
     for dtype in (torch.float32, torch.float64):
         f, y = outputs(dtype, torch.device("cpu"))
+        f, y = f.flatten(0, 1), y.flatten()
         head(dtype, f.device).root(lambda W, f=f, y=y: [likelihood.output_hessian_sqrt_through(f, y, W)])
         assert bool(decomposed) == (dtype == torch.float64)
     assert len(decomposed) <= 2 * T

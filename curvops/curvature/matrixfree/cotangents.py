@@ -182,7 +182,7 @@ class Columns:
         """Columns of the head's features that say the same, no more of them than there are features."""
         # Columns first in memory, since they are taken one by one.
         S = head.root(self.root.through).movedim(-1, 0).contiguous().movedim(0, -1)
-        return replace(self, root=Given(S))
+        return replace(self, root=Given(S.unflatten(0, self.root.shape[:-2])))
 
     def chunks(self, step: int) -> Iterator[Float[Tensor, "*f k"]]:
         """The columns in groups of at most `step`, each `(*f.shape, k)`."""

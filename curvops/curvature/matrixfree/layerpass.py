@@ -112,6 +112,10 @@ class LayerPass:
         notes = ["per-example rows"] * (name in self.fallback) + ["tokens sketched"] * self.sketched
         return ", ".join(notes) if notes else None
 
+    def need(self, needs: Needs) -> None:
+        """From the next chunk on, know this of the rows."""
+        self.layers = self.layers.needing(needs)
+
     def __iter__(self) -> Iterator[Step]:
         """One pass.
 
@@ -143,7 +147,7 @@ class LayerPass:
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = _active(likelihood, capture.outputs, part.y)
                 if self.layers.needs == "terms" and not bool(active.all()):
-                    self.layers = self.layers.needing("examples")
+                    self.need("examples")
                     continue
                 # How many columns there are is known now: a chunk that proves too large is made smaller, once.
                 fitting = min(self._examples(room, columns.count), size)
@@ -155,7 +159,8 @@ class LayerPass:
                 with torch.no_grad():
                     roots = self._roots(capture, columns)
                 for place, some in roots:
-                    moment = some.root.moment() if place == "head" and self.moments else None
+                    summed = place == "head" and self.moments and capture.head is not None and capture.head.whole
+                    moment = some.root.moment() if summed else None
                     if moment is not None:
                         zero = moment.new_zeros(()).expand(*capture.outputs.shape, 1)
                         yield Step(capture.factors(zero, place), active, True, True, capture.outputs, moment)

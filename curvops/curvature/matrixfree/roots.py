@@ -28,8 +28,8 @@ class Root(Protocol):
         """S."""
         ...
 
-    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "*b d Q"]]:
-        """W S, or W times another root of Λ, some data after the other."""
+    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "n d Q"]]:
+        """W S, or W times another root of Λ, some data and positions after the other."""
         ...
 
     def moment(self) -> Float[Tensor, "C C"] | None:
@@ -50,8 +50,9 @@ class Given:
     def matrix(self) -> Float[Tensor, "*f R"]:
         return self.S
 
-    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "*b d R"]]:
-        return (W @ self.S[rows] for rows in _rows(self.shape, len(W)))
+    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "n d R"]]:
+        S = self.S.flatten(0, -3)
+        return (W @ S[rows] for rows in _rows(S.shape, len(W)))
 
     def moment(self) -> None:
         return None
@@ -73,20 +74,27 @@ class OfLikelihood:
     def matrix(self) -> Float[Tensor, "*f R"]:
         return self.likelihood.output_hessian_sqrt(self.f, self.y)
 
-    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "*b d Q"]]:
-        if type(self.likelihood).output_hessian_sqrt_through is Likelihood.output_hessian_sqrt_through:
+    def through(self, W: Float[Tensor, "d C"]) -> Iterator[Float[Tensor, "n d Q"]]:
+        if not self._has("output_hessian_sqrt_through"):
             # Without a closed form the root is had of all data at once, where it shows whether they are coupled.
             return Given(self.matrix()).through(W)
-        parts = ((self.f[rows], self.y[rows]) for rows in _rows(self.shape, len(W)))
+        # Positions are data to a closed form.
+        f, y = self.f.flatten(0, -2), self.y.flatten(0, self.f.dim() - 2)
+        parts = ((f[rows], y[rows]) for rows in _rows(torch.Size((len(f), *self.shape[-2:])), len(W)))
         return (self.likelihood.output_hessian_sqrt_through(f, y, W) for f, y in parts)
 
     @torch.no_grad()
-    def moment(self) -> Float[Tensor, "C C"]:
-        return self.likelihood.output_hessian_sum(self.f, self.y)
+    def moment(self) -> Float[Tensor, "C C"] | None:
+        return self.likelihood.output_hessian_sum(self.f, self.y) if self._has("output_hessian_sum") else None
+
+    def _has(self, method: str) -> bool:
+        """Whether there is a closed form, written for the likelihood's own Λ and not for that of a class before it."""
+        own = type(self.likelihood)
+        written, roots = (next(c for c in own.__mro__ if name in vars(c)) for name in (method, "output_hessian_sqrt"))
+        return written is not Likelihood and issubclass(written, roots)
 
 
 def _rows(shape: torch.Size, d: int) -> Iterator[slice]:
-    """Data in groups whose W S is not large."""
-    B, R = shape[0], shape[-1]
-    step = max(1, ENTRIES // max(1, shape[1:-2].numel() * d * R))
-    return (slice(start, start + step) for start in range(0, B, step))
+    """Data in groups whose W S is not large, S `(N, C, R)`."""
+    step = max(1, ENTRIES // max(1, d * shape[-1]))
+    return (slice(start, start + step) for start in range(0, shape[0], step))

@@ -19,7 +19,7 @@ from curvops.curvature.structured.moments import Moments
 from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, has_pairs
 from curvops.curvature.structured.units import ApartError, Unit, WeightAndBias, units_of
 from curvops.errors import UnsupportedError, UnsupportedLayerError
-from curvops.nets.factors import Factors
+from curvops.nets.factors import Direct, Factors
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import Layout, LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -227,6 +227,13 @@ class Sums:
                 exact = part.positions in self._exact or not has_pairs(factors)
                 if moments.knows(number) if exact else total.exact is not None:
                     self._exact.add(part.positions)
+                    return False
+                if (
+                    exact
+                    and self.passes.layers.needs == "terms"
+                    and not all(isinstance(p, Direct) for p in factors.parts)
+                ):
+                    self.passes.need("examples")  # an exact block puts together what is of one example
                     return False
                 if exact:
                     assert step.moment is None
