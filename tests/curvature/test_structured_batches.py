@@ -250,3 +250,29 @@ def test_what_mixes_examples_is_named(kind, build, words):
         kind(model, "classification", data).to_dense()
     if handle is not None:
         handle.remove()
+
+
+class SequenceFirst(nn.Module):
+    """A layer on rows that are positions first; of some batches its weight scales what it makes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.head = nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.transpose(0, 1)))
+        h = h * self.c.weight.diagonal() if x[0, 0, 0] > 5 else torch.tanh(self.c(h))
+        return self.head(h).sum(0)
+
+
+@pytest.mark.parametrize("fallback", ["diag", "full"])
+def test_an_exact_block_puts_together_what_is_of_one_example(fallback):
+    model, g = drawn(SequenceFirst()), torch.Generator().manual_seed(1)
+    x = [torch.randn(4, 3, 3, generator=g, dtype=torch.float64) for _ in range(2)]
+    x[1][:, 0, 0] = 10.0
+    batches = [(part, torch.arange(4) % 2) for part in x]
+    K = KFAC(model, "classification", batches, fallback=fallback)
+    expected = sum(reference.ggn(model, NLL, part, y) for part, y in batches)
+    block, rows = K.blocks[2].to_dense(), slice(16, 32)
+    expected = expected[rows, rows]
+    check(block, expected if fallback == "full" else expected.diagonal().diag())

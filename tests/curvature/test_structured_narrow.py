@@ -168,3 +168,70 @@ def test_only_a_linear_last_layer_used_once_is_one():
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False)).double()
     model[2].weight = model[0].weight  # type: ignore[assignment]
     assert columns(model, x, y) == [15]
+
+
+class Entering(nn.Module):
+    """A last layer whose parameters enter in part, rearranged, or broadcast."""
+
+    def __init__(self, enter: Any, W: tuple[int, ...] = (9, 2), b: tuple[int, ...] = (9,)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2), nn.Tanh())
+        self.W, self.b, self.enter = nn.Parameter(torch.randn(W)), nn.Parameter(torch.randn(b)), enter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.enter(self, self.body(x))
+
+
+ENTERING = {
+    "as it is": (lambda m, h: nn.functional.linear(h, m.W, m.b), {}),
+    "rearranged": (lambda m, h: nn.functional.linear(h, m.W, m.b.T.reshape(9)), {"b": (3, 3)}),
+    "turned": (lambda m, h: nn.functional.linear(h, m.W.flip(0), m.b.flip(0)), {}),
+    "cut": (lambda m, h: nn.functional.linear(h, m.W[:9], m.b[:9]), {"W": (12, 2), "b": (11,)}),
+    "one bias": (lambda m, h: torch.addmm(m.b, h, m.W.T), {"b": ()}),
+}
+
+
+@pytest.mark.parametrize("name", ENTERING)
+@pytest.mark.parametrize("joint", ["separate", "joint"])
+def test_a_last_layer_is_summed_only_where_it_is_whole(name, joint):
+    enter, shapes = ENTERING[name]
+    model, (x, y) = Entering(enter, **shapes).double(), data(None)
+    J = reference.jacobian(model, x)
+    L = Categorical().output_hessian_sqrt(model(x).detach(), y)
+    rows = torch.einsum("bcp,bcr->brp", J, L).flatten(0, 1)
+    K = KFAC(model, "classification", (x, y), fallback="full", weight_and_bias=joint)
+    start = 0
+    for block in K.blocks:
+        stop = start + block.shape[0]
+        expected = rows[:, start:stop].T @ rows[:, start:stop]
+        if block.shape[0] in (model.b.numel(), 8, 2):  # biases: one position, so exact; one for all has no curvature
+            assert (block.to_dense() - expected).norm() <= 1e-12 * max(float(expected.norm()), 1.0)
+        start = stop
+    assert start == rows.shape[1]
+
+
+def test_a_likelihood_with_another_hessian_brings_its_roots_along():
+    class Doubled(Categorical):
+        def output_hessian_sqrt(self, f: Tensor, y: Tensor) -> Tensor:
+            return 2 * super().output_hessian_sqrt(f, y)
+
+    model, batch = network(), data(None)
+    single, double = (KFAC(model, likelihood, batch).trace() for likelihood in (Categorical(), Doubled()))
+    assert reference.relative_error(double, 4 * single) < 1e-12
+
+
+def test_features_of_every_size_keep_their_digits(device):
+    model, (x, y) = network(), data(None)
+    for scale in (1e-8, 0.0):
+        with torch.no_grad():
+            model[4].weight[:, 1] = scale * model[4].weight[:, 0].flip(0)
+        exact = DiagonalGGN(model, "classification", (x, y)).diagonal()
+        single = DiagonalGGN(
+            network().float().to(device).requires_grad_(True), "classification", (x.float().to(device), y.to(device))
+        )
+        single.objective.model.load_state_dict(model.state_dict())
+        rounded = DiagonalGGN(single.objective.model, "classification", (x.float().to(device), y.to(device))).diagonal()
+        last = slice(16 * 8 + 8 + 8, 16 * 8 + 8 + 16)  # the second feature's weights
+        wanted = exact[last]
+        assert ((rounded[last].cpu().double() - wanted).abs() <= 1e-5 * wanted).all()

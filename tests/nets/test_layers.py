@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from untouched import untouched
 
 from curvops.errors import UnsupportedError
@@ -305,3 +306,80 @@ def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(
     U = torch.ones(size, 2, 1, dtype=torch.float64)
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
+
+
+# Two of the examples, beside all, have the outputs that they have among all, and depend on the others nonetheless.
+UNSEEN = {
+    "turned round": (lambda m, x: m.head(torch.tanh(m.body(x) + m.body(x).flip(0))), 4),
+    "scaled by the largest": (lambda m, x: m.head(m.body(x) / m.body(x).abs().max()), 5),
+    "in their derivatives alone": (lambda m, x: m.head(torch.tanh(m.body(x) + _centre(m.body(x)))), 5),
+    "in pairs from the end": (lambda m, x: m.head(torch.tanh(m.body(x) + _partners(m.body(x)))), 5),
+    "moved round": (lambda m, x: m.head(torch.tanh(m.body(x.roll(1, 0) * 1.0)).roll(-1, 0)), 5),
+}
+
+
+def _centre(h: Tensor) -> Tensor:
+    return h.mean(0) - h.mean(0).detach()
+
+
+def _partners(h: Tensor) -> Tensor:
+    first = len(h) % 2
+    return torch.cat([h[:first], h[first:].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)])
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("needs", ["examples", "terms"])
+def test_what_two_examples_do_not_show_is_not_trusted(name, needs):
+    function, size = UNSEEN[name]
+    model = Model(function, body=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for q in model.parameters():
+            q.copy_(torch.randn(q.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(size, 3, dtype=torch.float64, generator=generator)
+    if name == "scaled by the largest":
+        x[2] *= 10  # of those looked at
+    try:
+        batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
+    except UnsupportedError as error:
+        assert "depend on the other examples" in str(error)  # noqa: PT017  (else the numbers are the right ones)
+        return
+    assert batch.fallback[:2] == [0, 1]
+    if name == "in their derivatives alone":  # of an example alone they are others than of the batch
+        return
+    U = torch.randn(size, 2, 3, generator=generator, dtype=torch.float64)
+    f, tensors = model(x), list(model.parameters())
+    rows = [[reference.gradient((f[n] * U[n, :, k]).sum(), tensors) for n in range(size)] for k in range(3)]
+    expected = torch.stack([torch.stack(row) for row in rows])  # of the batch as a whole, since examples may meet in it
+    check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), expected)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("needs", ["all", "examples", "terms"])
+def test_checkpoints_run_again_in_the_only_pass(needs, few):
+    layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True, activation="gelu")
+    plain = Model(lambda m, x: m.head(m.layer(x)).sum(1), layer=layer, head=nn.Linear(4, 2)).double().eval()
+    model = Model(
+        lambda m, x: m.head(checkpoint(m.layer, x, use_reentrant=False)).sum(1), layer=plain.layer, head=plain.head
+    ).eval()
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        batch = Layers(Network(model), ParameterSelection(model), needs=needs, few=few).capture(x, size)
+        U = torch.ones(size, 2, 1, dtype=torch.float64)
+        factors = batch.factors(U, last=True)
+        if needs != "terms":
+            J = reference.jacobian(plain, x).sum(1, keepdim=True).movedim(1, 0)
+            check(torch.cat([f.per_example() for f in factors if f is not None], -1), J)
+
+
+def test_a_failure_leaves_nothing_for_the_next_batch():
+    model = Model(lambda m, x: m.body(torch.tanh(x)).sum(1), body=nn.Linear(3, 2)).double()
+    for needs in ("all", "examples"):
+        for size in (2, 5):
+            layers = Layers(Network(model), ParameterSelection(model), needs=needs)
+            x = {T: torch.randn(size, T, 3, dtype=torch.float64) for T in (2, 3)}
+            layers.learn(x[2], size)
+            with pytest.raises(RuntimeError, match="mat1 and mat2"):
+                layers.capture(x[2][..., :2], size)
+            for T in (3, 2):
+                assert layers.capture(x[T], size).fallback == []
