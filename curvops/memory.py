@@ -136,9 +136,12 @@ def _machine_free() -> int:
 
 def _cgroup_free() -> int:
     for limit_file, usage_file in _cgroup_limits():
-        limit = _read(limit_file).strip()
-        if limit != b"max":
-            return max(0, int(limit) - int(_read(usage_file)))
+        try:
+            limit = _read(limit_file).strip()
+            if limit != b"max":
+                return max(0, int(limit) - int(_read(usage_file)))
+        except OSError:  # gone since they were found: no limit is known
+            continue
     return 2**62
 
 

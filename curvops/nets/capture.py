@@ -58,7 +58,8 @@ class Layers:
         then see what the first one saw."""
         self._plans: dict[object, Plan] = {}
         self._bytes_per_example = 0
-        self._few: tuple[Capture, Inputs, int] | None = None
+        # A few of a batch's examples, and the batch, until it is captured beside them.
+        self._waiting: tuple[Capture, Inputs, int] | None = None
         self._witnessed: Tensor | None = None
 
     def needing(self, needs: Needs) -> Layers:
@@ -80,13 +81,13 @@ class Layers:
         would lie, nor do gradients that are all zero: the next batch is asked again. What shapes may show is left open
         until there is another batch to compare with, which `capture` makes.
         """
-        kind, self._few = _example_shapes(x, size), None
+        kind, self._waiting = _example_shapes(x, size), None
         plan = self._plans.get(kind)
         if plan is None or (not plan.certain and size > 1):
             if self.needs != "all" and size > WITNESSES:
                 # Not the first ones: examples that depend on a neighbour have another one here than among all.
                 few = Capture(self, _copied(take(x, 1, 1 + WITNESSES, size)))
-                self._few, self._bytes_per_example = (few, x, size), few.graph_bytes // WITNESSES
+                self._waiting, self._bytes_per_example = (few, x, size), few.graph_bytes // WITNESSES
                 return
             plan = self._plans[kind] = self._learned(x, size)
         self._bytes_per_example = plan.bytes_per_example
@@ -97,9 +98,9 @@ class Layers:
         Raises:
             DependentExamplesError: An example's outputs depend on the other examples.
         """
-        if self._few is None:
+        if self._waiting is None:
             self.learn(x, size)
-        kind, few, self._few = _example_shapes(x, size), self._few, None
+        kind, few, self._waiting = _example_shapes(x, size), self._waiting, None
         if few is not None and size <= WITNESSES:  # a chunk too small to be compared with
             self._plans[kind], few = self._learned(*few[1:]), None
         witnessed, self._witnessed = self._witnessed, None

@@ -92,8 +92,8 @@ class Outer:
         total = None
         # So little at a time that gradients are squared before they leave the caches; and the columns side by side, so
         # that `a` is read once.
-        for columns in _slices(K, one, SQUARED):
-            for rows in _slices(B, one * len(self.g[columns]), SQUARED):
+        for columns in slices(K, one, SQUARED):
+            for rows in slices(B, one * len(self.g[columns]), SQUARED):
                 a = self.a[rows].permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, I, T)
                 g = self.g[columns, rows].permute(1, 3, 0, 4, 2)
                 g = g.flatten(2, 3).flatten(0, 1)  # (B·G, K·O, T)
@@ -299,72 +299,6 @@ class Factors:
         return part if isinstance(part, Shift) and part.positions == 1 else None
 
 
-def block(left: Factors, right: Factors) -> Float[Tensor, "p q"]:
-    """Σ_kn vec(G_kn) vec(H_kn)ᵀ, the block of two parameters; see `add_block`."""
-    part = left.parts[0]
-    like = part.rows if isinstance(part, Direct) else part.g
-    total = like.new_zeros(left.size, right.size)
-    add_block(total, left, right)
-    return total
-
-
-def add_block(total: Float[Tensor, "p q"], left: Factors, right: Factors) -> None:
-    """Add Σ_kn vec(G_kn) vec(H_kn)ᵀ to `total` in place.
-
-    Without weight sharing 2·B·p·q operations, whatever K: with M_n = Σ_k g_kn h_knᵀ the entry for outputs (o, o') and
-    inputs (i, i') is Σ_n M_n[o, o'] a_n[i] b_n[i'], one product of an (O O') x B and a B x (I I') matrix. Otherwise
-    2·K·B·p·q by the multiplied-out gradients. Temporaries are chunked over the examples and the outputs.
-    """
-    a, b = left.single, right.single
-    if a is not None and b is not None and left.columns > 1:
-        _add_single_block(total, a, b)
-        return
-    for rows in _slices(left.batch, left.columns * (left.size + right.size)):
-        G = left.examples(rows).per_example().flatten(0, 1)
-        H = G if right is left else right.examples(rows).per_example().flatten(0, 1)
-        total += G.T @ H
-
-
-def gram(left: Factors, right: Factors) -> Float[Tensor, "B K D L"]:
-    """⟨G_kn, H_lm⟩ for the B·K gradients of some examples and the D·L of others, of the same parameter.
-
-    Without weight sharing the elementwise product of the inputs' and the output derivatives' inner products:
-    O(BD(I + KLO)) operations; otherwise O(KBLD·p).
-    """
-    a, b = left.single, right.single
-    if isinstance(a, Outer) and isinstance(b, Outer):
-        inputs = a.a.flatten(1) @ b.a.flatten(1).T
-        return _inner(a.g.flatten(2), b.g.flatten(2)).mul_(inputs[:, None, :, None])
-    G = left.per_example()
-    return _inner(G, G if right is left else right.per_example())
-
-
-def _inner(G: Tensor, H: Tensor) -> Tensor:
-    """`(K, B, p)` and `(L, D, p)` → `(B, K, D, L)`."""
-    rows, columns = G.transpose(0, 1), H.transpose(0, 1)
-    return (rows.flatten(0, 1) @ columns.flatten(0, 1).T).reshape(*rows.shape[:2], *columns.shape[:2])
-
-
-def _add_single_block(total: Tensor, a: Outer | Shift, b: Outer | Shift) -> None:
-    ones = a.g.new_ones(a.g.shape[1], 1)
-    x = a.a.flatten(1) if isinstance(a, Outer) else ones
-    y = b.a.flatten(1) if isinstance(b, Outer) else ones
-    O, Q, I, J = a.g.shape[-1], b.g.shape[-1], x.shape[1], y.shape[1]
-    # The block as (O, I, Q, J), whichever of its axes comes first in memory.
-    view = (
-        total.unflatten(1, (J, Q)).transpose(1, 2) if isinstance(b, Outer) and b.flipped else total.unflatten(1, (Q, J))
-    )
-    flipped = isinstance(a, Outer) and a.flipped
-    view = view.unflatten(0, (I, O)).transpose(0, 1) if flipped else view.unflatten(0, (O, I))
-    for rows in _slices(len(x), max(O * Q, I * J)):
-        g, h = a.g[:, rows].flatten(2), b.g[:, rows].flatten(2)  # (K, B, O), (K, B, Q)
-        M = torch.bmm(g.permute(1, 2, 0), h.transpose(0, 1))  # (B, O, Q)
-        inputs = (x[rows].unsqueeze(2) * y[rows].unsqueeze(1)).flatten(1)  # (B, I·J)
-        for outputs in _slices(O, Q * I * J):
-            entries = M[:, outputs].flatten(1).T @ inputs
-            view[outputs] += entries.reshape(-1, Q, I, J).transpose(1, 2)
-
-
 def _joined(parts: list[Part]) -> list[Part]:
     groups: dict[object, list[Part]] = {}
     for part in parts:
@@ -392,7 +326,7 @@ def _join(parts: list[Part]) -> Part:
 
 def _chunked_squares(factors: Factors, per_example: int) -> Tensor:
     total = None
-    for rows in _slices(factors.batch, per_example):
+    for rows in slices(factors.batch, per_example):
         G = factors.examples(rows).multiplied_out().flatten(0, 1)
         square = G.square_().sum(0)
         total = square if total is None else total.add_(square)
@@ -400,7 +334,8 @@ def _chunked_squares(factors: Factors, per_example: int) -> Tensor:
     return total
 
 
-def _slices(B: int, per_example: int, chunk: int = CHUNK) -> Iterator[slice]:
+def slices(B: int, per_example: int, chunk: int = CHUNK) -> Iterator[slice]:
+    """B examples in groups of which `per_example` entries each make no more than a chunk."""
     step = max(1, chunk // max(1, per_example))
     for start in range(0, B, step):
         yield slice(start, min(B, start + step))

@@ -9,7 +9,8 @@ from untouched import untouched
 
 from curvops.errors import UnsupportedError
 from curvops.nets.capture import Layers
-from curvops.nets.factors import Direct, Lookup, Outer, block, gram
+from curvops.nets.factorblocks import block, gram
+from curvops.nets.factors import Direct, Lookup, Outer
 from curvops.nets.forward import Network
 from curvops.nets.ownership import Needs
 from curvops.nets.parameters import ParameterSelection

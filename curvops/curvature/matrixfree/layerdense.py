@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.layerpass import LayerPass, Step
-from curvops.nets.factors import Factors, Outer, add_block
+from curvops.nets.factorblocks import add_block
+from curvops.nets.factors import Factors, Outer
 from curvops.nets.mixing import DependentExamplesError
 
 TILE = 2048

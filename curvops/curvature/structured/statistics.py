@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from curvops.errors import ShapeError
-from curvops.nets.factors import Factors, Lookup, Outer, Shift, block
+from curvops.nets.factorblocks import block
+from curvops.nets.factors import Factors, Lookup, Outer, Shift
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
