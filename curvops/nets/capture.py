@@ -246,7 +246,10 @@ class Capture(LayerGraph):
                 else:
                     fits = t is not None and same and t.rows == per_example * size
                     reading = Reading(t, layout) if t is not None and fits else None
-                readings = None if reading is None else [*readings, reading]
+                if reading is None:
+                    readings = None
+                elif reading.tap.rows:  # none of the batch came this way: no part of any gradient
+                    readings.append(reading)
             if readings is None:
                 self.fallback.append(i)
             self._readings.append(readings)

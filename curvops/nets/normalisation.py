@@ -51,7 +51,9 @@ def batch_norm(
 ) -> Tensor:
     """As `F.batch_norm`."""
     buffers = running_mean is not None and running_var is not None
-    if training or not buffers or weight is None or bias is None or not is_plain([input, weight, bias]):
+    known = buffers and weight is not None and bias is not None and not training
+    # The kernel behind our backward divides by zero where there is no entry: none of the batch was sent here.
+    if not known or input.numel() == 0 or not is_plain([input, weight, bias]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)  # type: ignore[return-value]
 

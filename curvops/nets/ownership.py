@@ -207,7 +207,7 @@ class _Reached:
     def apart(self, t: Tap) -> tuple[bool, bool] | None:
         """Whether no other example's rows of a tap are reached, under either order; None where nothing arrived."""
         g = self.at(t.edge)
-        if g is None:
+        if g is None or t.rows == 0:  # routed by the data, and none of these examples came this way
             return None
         g = t.cotangent(g).reshape(g.shape[0], t.rows, -1)
         place = g.data_ptr(), g.shape, g.stride()  # a weight and its bias are read in one place

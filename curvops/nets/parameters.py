@@ -148,7 +148,8 @@ class ParameterSelection:
             like.new_zeros(rows, size) if t is None else t.reshape(rows, size)
             for t, size in zip(tensors, self.sizes, strict=True)
         ]
-        full = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        # The gradient of a sum is one entry seen many times over, which nobody could write to.
+        full = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
         return full if self.indices is None else full[:, self.indices]
 
     def join_row(self, tensors: Sequence[Tensor | None]) -> Tensor:

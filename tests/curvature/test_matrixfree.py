@@ -310,3 +310,26 @@ def test_flat_indices_keep_their_order():
     full = reference.ggn(p.model(), reference.problem_nll(p), *p.data())
     assert reference.relative_error(built("GGN", p).to_dense(), full[p.params][:, p.params]) <= 1e-12
     assert built("GGN", p).layout is None
+
+
+@pytest.mark.parametrize("kind", [co.GGN, co.Hessian, co.EmpiricalFisher])
+def test_products_of_a_parameter_that_enters_by_its_sum_can_be_written_to(kind):
+    # Its gradient is one number seen many times over.
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.b.sum().sin()
+
+    model, x = Summed(), randn(4, 2)
+    y = torch.zeros_like(x)
+    nll = reference.nll("regression")
+    oracle = {"GGN": reference.ggn, "Hessian": reference.hessian, "EmpiricalFisher": reference.empirical_fisher}
+    M = oracle[kind.__name__](model, nll, x, y)
+    A = kind(model, "regression", (x, y))
+    product = A @ randn(3, 2)
+    product[0] += 1.0
+    assert reference.relative_error(product[1:], M[1:] @ randn(3, 2)) <= 1e-12
+    assert reference.relative_error(A.to_dense(), M) <= 1e-12

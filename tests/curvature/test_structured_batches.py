@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from untouched import untouched
 
-from curvops.curvature.structured import EKFAC, KFAC, BlockGGN, DiagonalGGN
+from curvops.curvature.matrixfree import GGN, Gram
+from curvops.curvature.structured import EKFAC, KFAC, BlockGGN, BlockHessian, DiagonalGGN
 from curvops.errors import CurvopsError, ShapeError
 from curvops.testing.problems import problem
 
@@ -276,3 +278,49 @@ def test_an_exact_block_puts_together_what_is_of_one_example(fallback):
     block, rows = K.blocks[2].to_dense(), slice(16, 32)
     expected = expected[rows, rows]
     check(block, expected if fallback == "full" else expected.diagonal().diag())
+
+
+class Mixture(nn.Module):
+    """Experts, of which each example asks one, and the last one is asked by none; inputs `(B, 2, 3)`."""
+
+    def __init__(self, expert: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([expert() for _ in range(3)]), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = (x[:, 0, 0] > 0).long()
+        h = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            h[asked == i] = expert(x[asked == i])
+        return self.head(torch.tanh(h))
+
+
+EXPERTS = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.LayerNorm(4)),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv1d(2, 4, 2), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.AvgPool1d(2), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_no_example_of_a_batch_asks(name):
+    model = drawn(Mixture(EXPERTS[name])).eval()
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randn(7, 2, 3, generator=g, dtype=torch.float64), torch.arange(7) % 2
+    x[:4, 0, 0].abs_()  # the first batches ask one expert only
+    batches = [(x[a:b], y[a:b]) for a, b in ((0, 1), (1, 4), (4, 7))]
+    exact, hessian = reference.ggn(model, NLL, x, y), reference.hessian(model, NLL, x, y)
+    for data in ((x, y), batches):
+        check(DiagonalGGN(model, "classification", data).diagonal(), exact.diagonal())
+        check(GGN(model, "classification", data).to_dense(), exact)
+        gram = Gram(model, "classification", data)
+        check(gram.to_dense(), gram @ torch.eye(gram.shape[0], dtype=torch.float64))
+        for kind, whole in ((BlockGGN, exact), (BlockHessian, hessian)):
+            blocks = kind(model, "classification", data)
+            for where, block in zip(blocks.layout.values(), blocks.blocks, strict=True):
+                check(block.to_dense(), whole[where, where])
+        K, E = (kind(model, "classification", data, fallback="full") for kind in (KFAC, EKFAC))
+        assert not torch.cat([K.to_dense()[K.layout[n]] for n in K.layout if n.startswith("experts.2")]).any()
+        target = torch.block_diag(*(exact[where, where] for where in K.layout.values()))
+        assert (E.to_dense() - target).norm() <= (K.to_dense() - target).norm()
