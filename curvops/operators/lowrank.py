@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, ShapeError
-from curvops.operators.base import LinearOperator, Scalar
+from curvops.operators.base import Layout, LinearOperator, Scalar
 from curvops.operators.formula import Formula, times_text
 
 if TYPE_CHECKING:
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 class LowRank(LinearOperator):
     """`U diag(s) Uᵀ` with any U `(P, r)` and s `(r,)` (ones by default); products O(P r), verbs O(P r² + r³).
 
+    Args:
+        layout: Where each named parameter lies in a vector, so that `add_diagonal` takes a dict.
+
     Attributes:
         captured: Fraction of the trace that an approximation kept; None where it is not one.
     """
 
-    def __init__(self, U: Tensor, s: Tensor | None = None, *, captured: float | None = None) -> None:
+    def __init__(
+        self, U: Tensor, s: Tensor | None = None, *, captured: float | None = None, layout: Layout | None = None
+    ) -> None:
         if not isinstance(U, Tensor) or U.dim() != 2:
             given = f"shape {tuple(U.shape)}" if isinstance(U, Tensor) else type(U).__name__
             raise ShapeError(f"LowRank expects U of shape (P, r), got {given}.")
@@ -38,7 +43,7 @@ class LowRank(LinearOperator):
             raise ShapeError(
                 f"LowRank: U has {U.shape[1]} columns, so s must be ({U.shape[1]},); got {tuple(s.shape)}."
             )
-        super().__init__((U.shape[0], U.shape[0]), U.dtype, U.device, is_symmetric=True)
+        super().__init__((U.shape[0], U.shape[0]), U.dtype, U.device, is_symmetric=True, layout=layout)
         self.U, self.s, self.captured = U, s, captured
 
     @property
@@ -89,20 +94,22 @@ class LowRank(LinearOperator):
         return True
 
     def _scaled(self, factor: Scalar) -> LinearOperator:
-        return LowRank(self.U, factor * self.s, captured=self.captured)
+        return LowRank(self.U, factor * self.s, captured=self.captured, layout=self.layout)
 
     def _plus(self, other: LinearOperator) -> LinearOperator | None:
         if not isinstance(other, LowRank):
             return None
+        layout = self.layout or other.layout
         if other.U is self.U:
-            return LowRank(self.U, self.s + other.s)
-        return LowRank(torch.cat([self.U, other.U], 1), torch.cat([self.s, other.s]))
+            return LowRank(self.U, self.s + other.s, layout=layout)
+        return LowRank(torch.cat([self.U, other.U], 1), torch.cat([self.s, other.s]), layout=layout)
 
     def _submatrix(self, rows: Tensor, columns: Tensor) -> LinearOperator | None:
         return LowRank(self.U[rows], self.s) if torch.equal(rows, columns) else None
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> LinearOperator:
-        return LowRank(self.U.to(device, dtype), self.s.to(device, dtype), captured=self.captured)
+        U, s = self.U.to(device, dtype), self.s.to(device, dtype)
+        return LowRank(U, s, captured=self.captured, layout=self.layout)
 
     def _formula(self) -> Formula:
         notes = () if self.captured is None else (f"{self.captured:.1%} of the trace",)

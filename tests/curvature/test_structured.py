@@ -159,6 +159,8 @@ class TestBlocks:
             ([["nowhere"]], DataError, "no selected parameter is named 'nowhere'"),
             (["0.weight"], DataError, r"by=\[\['0.weight'\]\]"),
             ("layer", DataError, "expected \"parameter\", \"module\""),
+            (None, DataError, "expected \"parameter\", \"module\""),
+            ([3], DataError, "3 stands where a group is expected"),
             ([[]], DataError, "a group is empty"),
         ],
     )  # fmt: skip

@@ -134,6 +134,16 @@ class TestLowRank:
             Gaussian(mean, L.add_diagonal(0.5 * float(L.s.min())))
         Gaussian(mean, L.add_diagonal(2.0 * float(L.s.min())))
 
+    @pytest.mark.parametrize("method", ["lanczos", "nystrom", "function_space"])
+    def test_a_prior_precision_by_name(self, method):
+        H = curvatures(problem("mlp"))[0]
+        L = low_rank(H, 3, method=method)
+        deltas = dict(zip(H.layout, (0.5, 1.0, 1.5, 2.0), strict=True))
+        d = torch.cat([L.U.new_full((where.stop - where.start,), deltas[name]) for name, where in H.layout.items()])
+        for scaled in (L, 2.0 * L, L + L, L.to(torch.float64)):
+            damped = scaled.add_diagonal(deltas).to_dense()
+            assert reference.relative_error(damped, scaled.to_dense() + d.diag()) < 1e-14
+
     def test_what_is_refused(self):
         p = problem("mlp")
         H = Hessian(p.model(), p.loss(), p.data())

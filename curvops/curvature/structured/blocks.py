@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -213,7 +213,7 @@ def groups_of(selection: ParameterSelection, by: By) -> list[range]:
         owners = [name.rpartition(".")[0] for name in names]
         starts = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
         return [range(a, b) for a, b in zip(starts, [*starts[1:], len(names)], strict=True)]
-    if isinstance(by, str):
+    if isinstance(by, str) or not isinstance(by, Iterable):
         raise DataError(f'by={by!r}: expected "parameter", "module", or lists of parameter names.')
     groups = [_positions(names, wanted) for wanted in by]
     taken = [i for group in groups for i in group]
@@ -224,7 +224,7 @@ def groups_of(selection: ParameterSelection, by: By) -> list[range]:
 
 
 def _positions(names: tuple[str, ...], wanted: Sequence[str]) -> range:
-    if isinstance(wanted, str):
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
         raise DataError(f"by: {wanted!r} stands where a group is expected; write a list of names, by=[[{wanted!r}]].")
     found: set[int] = set()
     for entry in wanted:

@@ -76,7 +76,7 @@ def low_rank(
         method = "function_space" if gram is not None and gram.shape[0] <= most else "lanczos"
     if method == "function_space":
         values, vectors = _of_the_gram(H, gram)
-        return _kept(values, vectors, float(values.sum()), rank, tol)
+        return _kept(H, values, vectors, float(values.sum()), rank, tol)
     if method not in ("lanczos", "nystrom"):
         raise ValueError(f'low_rank(method={method!r}): expected "lanczos", "nystrom" or "function_space".')
     trace = exact_trace(H)
@@ -84,7 +84,7 @@ def low_rank(
     while True:
         values, U = _largest(H, k, generator) if method == "lanczos" else _sketched(H, k, generator)
         if tol is None or k == P or float(values.sum()) >= (1 - tol) * trace:
-            return _kept(values, lambda n, U=U: U[:, :n], trace, rank, tol)
+            return _kept(H, values, lambda n, U=U: U[:, :n], trace, rank, tol)
         k = min(P, 2 * k)
 
 
@@ -142,7 +142,12 @@ def _sketched(H: LinearOperator, k: int, generator: torch.Generator | None) -> t
 
 
 def _kept(
-    values: Tensor, vectors: Callable[[int], Tensor], trace: float, rank: int | None, tol: float | None
+    H: LinearOperator,
+    values: Tensor,
+    vectors: Callable[[int], Tensor],
+    trace: float,
+    rank: int | None,
+    tol: float | None,
 ) -> LowRank:
     """The leading pairs that `rank` or `tol` asks for."""
     n = len(values) if rank is None else min(rank, len(values))
@@ -150,4 +155,4 @@ def _kept(
         enough = (values.double().cumsum(0) >= (1 - tol) * trace * (1 - 1e-12)).nonzero()
         n = int(enough[0]) + 1 if len(enough) else n
     share = min(1.0, float(values[:n].sum(dtype=torch.float64)) / trace) if trace > 0 else 1.0
-    return LowRank(vectors(n), values[:n], captured=share)
+    return LowRank(vectors(n), values[:n], captured=share, layout=H.layout)
