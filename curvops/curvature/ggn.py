@@ -51,9 +51,18 @@ class GGNInterface(CurvatureInterface):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, generator)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}: expected a whole number of at least 1.")
         self.stochastic, self.num_samples = bool(stochastic), num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """Draws per datum (and position), averaged; may be set."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, number: int) -> None:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"num_samples={number!r}: expected a whole number of at least 1.")
+        self._num_samples = number
 
     @property
     def _fisher(self) -> FisherKind:  # type: ignore[override]

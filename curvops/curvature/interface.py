@@ -256,8 +256,8 @@ class CurvatureInterface(Subject):
 
     def _kron(self, objective: Objective, cotangents: Cotangents, approx: Approx, N: int) -> LinearOperator:
         """The operator of `kron`; no work."""
-        kfac = KFAC.of(objective, cotangents, approx).fraction(N, objective.num_data or 0)
-        return (1.0 / self.factor) * kfac if cotangents.fisher == "empirical" else kfac
+        scale = 1.0 / self.factor if cotangents.fisher == "empirical" else 1.0
+        return KFAC.of(objective, cotangents, approx).fraction(N, objective.num_data or 0, scale)
 
     def _diag(self, objective: Objective) -> LinearOperator:
         """The operator of `diag`; no work."""

@@ -381,6 +381,8 @@ def test_likelihoods_and_refusals() -> None:
         HessianInterface(model, "classification").kron(x, y, N=4)
     with pytest.raises(ValueError, match="num_samples"):
         GGNInterface(model, "classification", num_samples=0)
+    with pytest.raises(ValueError, match="num_samples=0: expected a whole number"):
+        GGNInterface(model, "classification").num_samples = 0
 
 
 def test_memory_budget() -> None:
@@ -475,6 +477,7 @@ def test_native_factors_of_batches_add_up(cls: type) -> None:
     B = sum(d[-2:, -2:] for d in dense_parts)
     block = whole.to_dense()[-2 - size : -2, -2 - size : -2]
     assert torch.allclose(block, torch.kron(B, A.T @ A / 8), atol=1e-10)
+    assert reference.relative_error(parts[0].merge(parts[1]).to_dense(), whole.to_dense()) < 1e-12
 
 
 def layer_inputs(model: Any, x: Tensor) -> Tensor:

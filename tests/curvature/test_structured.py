@@ -321,6 +321,13 @@ class TestKFAC:
             made(KFAC, p).merge(made(KFAC, q))
         with pytest.raises(ShapeError, match="approx"):
             made(KFAC, p).merge(made(KFAC, p, approx="reduce")).to_dense()
+        with pytest.raises(ShapeError, match='fisher="empirical"'):
+            made(KFAC, p).merge(made(KFAC, p, fisher="empirical")).to_dense()
+        n = problem("layernorm")  # a diagonal of p entries would be broadcast to p rows
+        with pytest.raises(ShapeError, match='fallback="diag"'):
+            made(KFAC, n).merge(made(KFAC, n, fallback="full")).to_dense()
+        with pytest.raises(ShapeError, match="float32"):
+            made(KFAC, p).merge(KFAC(p.model(torch.float32), p.loss(), p.data(torch.float32)))
 
     def test_raise_names_the_module_and_its_type(self):
         with pytest.raises(UnsupportedLayerError, match=r"'1.weight' of module '1' \(LayerNorm\)"):

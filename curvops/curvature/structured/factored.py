@@ -206,7 +206,8 @@ class Sums:
                 return found
 
     def _empty(self, part: Unit) -> Statistics:
-        return Statistics(part.size, self.objective.selection.tensors[0], self.choice.approx, part.order)
+        like = self.objective.selection.tensors[0]
+        return Statistics(part.size, like, self.choice.approx, part.order, self.cotangents.fisher)
 
     @torch.no_grad()
     def _summed(self, parts: list[list[Unit]], found: list[list[Statistics]]) -> bool:

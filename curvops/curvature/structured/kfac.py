@@ -49,14 +49,19 @@ class KFAC(Factored):
             raise ShapeError(
                 f"merge: expected a KFAC of the same parameters and the same blocks as {self!r}, got {other!r}."
             )
+        if (other.dtype, other.device) != (self.dtype, self.device):
+            raise ShapeError(
+                f"merge: one is of {self.dtype} on {self.device}, the other of {other.dtype} on {other.device}; move "
+                "one of the two models and its data."
+            )
         return self._over(_Merged(self.source, other.source))
 
-    def fraction(self, num_data: int, batch: int) -> KFAC:
+    def fraction(self, num_data: int, batch: int, scale: float = 1.0) -> KFAC:
         """With A multiplied by batch / num_data: mini-batch factors, plainly added, then give the whole set's.
 
-        `merge` of such adds both factors without another average.
+        `merge` of such adds both factors without another average. `scale` multiplies the curvature, in B.
         """
-        return self._over(_Fraction(self.source, batch / num_data))
+        return self._over(_Fraction(self.source, batch / num_data, scale))
 
     def _over(self, source: _Statistical) -> KFAC:
         result = KFAC.__new__(KFAC)
@@ -112,11 +117,11 @@ class _Merged(_FromStatistics):
 
 
 class _Fraction(_FromStatistics):
-    def __init__(self, source: _Statistical, share: float) -> None:
-        self.source, self.share = source, share
+    def __init__(self, source: _Statistical, share: float, scale: float) -> None:
+        self.source, self.share, self.scale = source, share, scale
 
     def statistics(self) -> list[list[Statistics]]:
-        return [[one.averaged(self.share) for one in unit] for unit in self.source.statistics()]
+        return [[one.averaged(self.share, self.scale) for one in unit] for unit in self.source.statistics()]
 
     def forget(self) -> None:
         self.source.forget()

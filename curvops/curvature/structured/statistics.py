@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvops.curvature.matrixfree.cotangents import FisherKind
 from curvops.errors import ShapeError
 from curvops.nets.factorblocks import block
 from curvops.nets.factors import Factors, Lookup, Outer, Shift
@@ -80,12 +81,21 @@ class Statistics:
         like: A tensor of the dtype and on the device of the block.
         approx: What a term of the factors is.
         order: Where the entries of the block lie.
+        fisher: Of which Fisher matrix they are.
     """
 
-    def __init__(self, size: int, like: Tensor, approx: Approx = "expand", order: Order = lambda flipped: None) -> None:
+    def __init__(
+        self,
+        size: int,
+        like: Tensor,
+        approx: Approx = "expand",
+        order: Order = lambda flipped: None,
+        fisher: FisherKind = "exact",
+    ) -> None:
         self.size, self.order = size, order
         self.like = like.detach()
         self.approx: Approx = approx
+        self.fisher: FisherKind = fisher
         self.pairs: dict[object, Pair] = {}
         self.exact: Tensor | None = None
 
@@ -96,8 +106,14 @@ class Statistics:
 
     def plus(self, other: Statistics) -> Statistics:
         """Sums of the sums: the statistics of both data sets."""
-        if self.size != other.size or self.approx != other.approx:
-            raise ShapeError("merge: other parameters, or another approx; build both with the same options.")
+        if self.size != other.size or self.approx != other.approx or self.fisher != other.fisher:
+            raise ShapeError(
+                f'merge: {self.size} entries with approx="{self.approx}", fisher="{self.fisher}" in one of the two, '
+                f'{other.size} with approx="{other.approx}", fisher="{other.fisher}" in the other; build both with the '
+                "same options."
+            )
+        if self.exact is not None and other.exact is not None and self.exact.shape != other.exact.shape:
+            raise ShapeError('merge: fallback="diag" in one of the two and "full" in the other; build both with one.')
         if (self.exact is not None and other.pairs) or (other.exact is not None and self.pairs):
             raise ShapeError(
                 "merge: a parameter has factors in one of the two, and an exact block in the other, where the forward "
@@ -116,13 +132,16 @@ class Statistics:
             exact = self.exact + other.exact
         return self._with(pairs, exact)
 
-    def averaged(self, share: float) -> Statistics:
-        """With every A an average times `share`, so that the factors of mini-batches add up (design §4 on N)."""
+    def averaged(self, share: float, scale: float = 1.0) -> Statistics:
+        """With every A an average times `share`, so that the factors of mini-batches add up (design §4 on N).
+
+        The curvature itself is multiplied by `scale`, in B.
+        """
         pairs = {}
         for key, pair in self.pairs.items():
             A = pair.average()
-            pairs[key] = Pair(pair.flipped, None if A is None else A * share, pair.B, None)
-        return self._with(pairs, self.exact)
+            pairs[key] = Pair(pair.flipped, None if A is None else A * share, pair.B * scale, None)
+        return self._with(pairs, None if self.exact is None else self.exact * scale)
 
     def operator(self) -> LinearOperator:
         """The block. A parameter that the outputs do not depend on has a zero diagonal."""
@@ -138,7 +157,7 @@ class Statistics:
         return natural if order is None else Permuted(natural, order)
 
     def _with(self, pairs: dict[object, Pair], exact: Tensor | None) -> Statistics:
-        result = Statistics(self.size, self.like, self.approx, self.order)
+        result = Statistics(self.size, self.like, self.approx, self.order, self.fisher)
         result.pairs, result.exact = pairs, exact
         return result
 
