@@ -129,7 +129,7 @@ class Subject:
         everything = ParameterSelection(self.model)
         wanted = set(self.params_dict)
         places = zip(everything.names, everything.offsets, everything.sizes, strict=True)
-        positions = torch.cat([torch.arange(o, o + size) for name, o, size in places if name in wanted])
+        positions = torch.cat([torch.arange(o, o + size, device="cpu") for name, o, size in places if name in wanted])
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
             raise ShapeError("subnetwork_indices must be a 1-dimensional LongTensor.")
         indices = indices.to(positions.device)
@@ -168,7 +168,8 @@ class Subject:
         x = self._without_targets(x)
         counter = x.get(self.dict_key_x) if isinstance(x, Mapping) else x
         size = counter.shape[0] if isinstance(counter, Tensor) and counter.dim() else 1
-        source = DataSource((x, torch.zeros(size)), dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        batch = x, torch.zeros(size, device="cpu")
+        source = DataSource(batch, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         (batch,) = source.batches(selection.device)
         return batch.x, network, selection
 

@@ -211,7 +211,8 @@ class Spectrum:
         """`(m, d)` lower and upper bounds of each probe's value of log det(H + δI)."""
         shifts = [self._definite_shift(float(d), "logdet") for d in deltas]
         pairs = [quadrature.bracket(self.rules, quadrature.log(shift)) for shift in shifts]
-        known = torch.tensor([self._at_zeros(quadrature.log(shift)) for shift in shifts], dtype=torch.float64)
+        zeros = [self._at_zeros(quadrature.log(shift)) for shift in shifts]
+        known = torch.tensor(zeros, dtype=torch.float64, device="cpu")
         return torch.stack([p[0] for p in pairs], dim=1) + known, torch.stack([p[1] for p in pairs], dim=1) + known
 
     def _atoms(self) -> tuple[Tensor, Tensor]:
@@ -391,9 +392,9 @@ def exact_spectrum(values: Tensor, *, lower_bound: float | None, zeros: int = 0,
     nodes = values.detach().to("cpu", torch.float64).sort().values[None]
     rounding = (unit * math.sqrt(nodes.shape[1]) * nodes.abs().amax(1)).clamp(min=torch.finfo(torch.float64).tiny)
     bound = float(nodes.min() - rounding) if lower_bound is None else lower_bound
-    depth = torch.tensor([nodes.shape[1]])
+    depth = torch.tensor([nodes.shape[1]], device="cpu")
     found = Rules(
         Rule(nodes, torch.ones_like(nodes)), None, None, rounding, depth, depth > 0, nodes[:, -1],
-        torch.full((1,), bound, dtype=torch.float64),
+        torch.full((1,), bound, dtype=torch.float64, device="cpu"),
     )  # fmt: skip
     return Spectrum(found, nodes.shape[1] + zeros, bound, matvecs, nodes.shape[1], zeros=zeros, is_exact=True)

@@ -266,7 +266,7 @@ class Capture(LayerGraph):
         B = self.outputs.shape[0]
         if B == 1 or not self.moves_by_index:
             return
-        chosen = torch.rand(B, generator=torch.Generator().manual_seed(B)) < 0.5
+        chosen = torch.rand(B, generator=torch.Generator().manual_seed(B), device="cpu") < 0.5
         chosen[0], chosen[-1] = True, False
         others = (~chosen).to(self.outputs.device)
         U = self.through(chosen)

@@ -105,9 +105,9 @@ class LayerGraph(Kept):
 
     def through(self, chosen: Tensor) -> Tensor:
         """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.zeros(self.outputs.shape, dtype=self.outputs.dtype)
-        draw[chosen] = torch.randn(int(chosen.sum()), *draw.shape[1:], generator=generator, dtype=draw.dtype)
+        generator, plain = torch.Generator().manual_seed(0), {"dtype": self.outputs.dtype, "device": "cpu"}
+        draw = torch.zeros(self.outputs.shape, **plain)
+        draw[chosen] = torch.randn(int(chosen.sum()), *draw.shape[1:], generator=generator, **plain)
         return draw.to(self.outputs.device).unsqueeze(-1)
 
     def shared(self, site: Site, t: Tap, size: int) -> Reading | None:

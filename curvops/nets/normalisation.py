@@ -132,8 +132,10 @@ class _BatchNorm(Function):
             adjoint: Any = _BatchNormAdjoint.apply(u, x, weight, mean, var, ctx.eps, wanted)
         else:
             x = u if x is None else x
+            # The kernels of accelerators read the statistics as the forward saved them, those of processors anew.
+            saved = (None, None) if u.device.type == "cpu" else (mean, (var + ctx.eps).rsqrt())
             adjoint = torch.ops.aten.native_batch_norm_backward(
-                u, x, weight, mean, var, None, None, False, ctx.eps, list(wanted)
+                u, x, weight, mean, var, *saved, False, ctx.eps, list(wanted)
             )
         return (*adjoint, None, None, None)
 

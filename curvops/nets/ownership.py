@@ -141,7 +141,7 @@ def layouts_by_pass(graph: LayerGraph, examples: Sequence[int]) -> tuple[list[li
     Args:
         examples: Which, one column for each. One usually decides; if what it reaches fits two layouts, all do.
     """
-    only = torch.arange(graph.outputs.shape[0])
+    only = torch.arange(graph.outputs.shape[0], device="cpu")
     B = graph.outputs.shape[0]
     U = torch.cat([graph.through(only == n) for n in examples], -1)
     # A site of rows that all examples share is read elsewhere; one backward goes to both places.

@@ -235,21 +235,32 @@ def signed(n: int) -> int:
 
 def _layer_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     node = site.node
+    return _normed(site, place, shape, node._saved_result1, node._saved_result2)
+
+
+def _rms_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """The fused operation of accelerators; processors scale and multiply."""
+    return _normed(site, place, shape, None, site.node._saved_result1)
+
+
+def _normed(site: Site, place: Placement, shape: torch.Size, mean: Tensor | None, rstd: Tensor) -> Tap | None:
+    """Weight at slot 1, bias at slot 2."""
     if not place.whole:
         return None
     p = shape.numel()
-    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    x = site.node._saved_input
     rows = x.numel() // p
 
     @functools.cache
     def normal() -> Tensor:
-        return (x.reshape(rows, p) - mean.reshape(rows, 1)) * rstd.reshape(rows, 1)
+        centred = x.reshape(rows, p) if mean is None else x.reshape(rows, p) - mean.reshape(rows, 1)
+        return centred * rstd.reshape(rows, 1)
 
     def cotangent(g: Tensor) -> Tensor:
         g = g.reshape(g.shape[0], rows, p)
         return g if site.slot == 2 else g * normal()
 
-    return Tap("direct", GradientEdge(node, 0), rows, cotangent)
+    return Tap("direct", GradientEdge(site.node, 0), rows, cotangent)
 
 
 def _group_norm(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
@@ -286,6 +297,22 @@ def _channelwise(g: Tensor, N: int, C: int, factor: Callable[[], Tensor] | None)
     """`(K, N, C, …)` → the sums over positions `(K, N, C)`, times the factor `(N, C, positions)`."""
     g = g.reshape(g.shape[0], N, C, -1)
     return g.sum(-1) if factor is None else torch.einsum("kncs,ncs->knc", g, factor())
+
+
+# ---- recurrent cells --------------------------------------------------------------------------------------------
+
+
+def _gates(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
+    """The fused cells of accelerators: biases at slots 3 and 4, added to the gates at slots 0 and 1, which are products
+    made for the cell alone; a bias has the derivatives of its gates.
+    """
+    if site.slot < 3 or not place.whole:
+        return None
+    gates, number = site.node.next_functions[site.slot - 3]
+    if gates is None:
+        return None
+    edge = GradientEdge(gates, number)
+    return Tap("shift", edge, shape_at(edge)[0], lambda g: g.unsqueeze(2))
 
 
 # ---- sums, scales and copies ------------------------------------------------------------------------------------
@@ -355,10 +382,13 @@ RULES: dict[str, Rule] = {
     "ConvolutionBackward0": _convolution,
     "EmbeddingBackward0": _embedding,
     "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
     "NativeGroupNormBackward0": _group_norm,
     "NativeBatchNormBackward0": _batch_norm,
     "CudnnBatchNormBackward0": _batch_norm,
     "MiopenBatchNormBackward0": _batch_norm,
+    "ThnnFusedLstmCellBackward0": _gates,
+    "ThnnFusedGruCellBackward0": _gates,
     "AddBackward0": _add,
     "MulBackward0": _mul,
     "ExpandBackward0": _expand,

@@ -83,7 +83,7 @@ def _agrees(candidate: Tape, run: Pass, v: Tensor, row: Tensor) -> bool:
     so that no memory holds what it is to find.
     """
     generator = torch.Generator().manual_seed(0)
-    unseen = torch.randn(len(v), dtype=torch.float64, generator=generator).to(v.dtype)
+    unseen = torch.randn(len(v), dtype=torch.float64, generator=generator, device="cpu").to(v.dtype)
     again, agreed = torch.empty_like(row), True
     for w in (unseen, v.clone()):
         if agreed:

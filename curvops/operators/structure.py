@@ -31,6 +31,14 @@ def number(value: Scalar) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """The device as tensors on it name theirs: "cuda" is the current one of several."""
+    device = torch.device(device)
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    return torch.empty(0, device=device).device
+
+
 class Structure:
     """Facts, hooks and the machinery that verbs share; the base of `LinearOperator`."""
 
@@ -52,7 +60,7 @@ class Structure:
         if dtype not in (torch.float32, torch.float64):
             raise ShapeError(f"{type(self).__name__} of dtype {dtype}: expected torch.float32 or torch.float64.")
         self._shape = (int(shape[0] or 0), int(shape[1] or 0))  # unknown sizes: the subclass overrides `shape`
-        self._dtype, self._device = dtype, torch.device(device)
+        self._dtype, self._device = dtype, numbered(device)
         self._symmetric = bool(is_symmetric or is_psd)
         self._psd = bool(is_psd)
         self._lower_bound = lower_bound if lower_bound is not None else (0.0 if is_psd else None)

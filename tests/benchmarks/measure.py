@@ -44,8 +44,16 @@ class Timing:
     wall: float
 
 
-def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
-    """Median times of several pieces of work: each once to warm up, then each once per round."""
+def interleaved(
+    works: Mapping[str, Work], rounds: int, finish: Callable[[], object] = lambda: None
+) -> dict[str, Timing]:
+    """Median times of several pieces of work: each once to warm up, then each once per round.
+
+    Args:
+        works: Name → work.
+        rounds: How often.
+        finish: Waits for what a piece of work has only queued.
+    """
     for work in works.values():
         work()
     cpu: dict[str, list[float]] = {name: [] for name in works}
@@ -58,8 +66,10 @@ def interleaved(works: Mapping[str, Work], rounds: int) -> dict[str, Timing]:
             order = list(works.items())
             random.Random(turn).shuffle(order)
             for name, work in order:
+                finish()
                 start, clock = time.process_time(), time.perf_counter()
                 work()
+                finish()
                 cpu[name].append(time.process_time() - start)
                 wall[name].append(time.perf_counter() - clock)
     finally:

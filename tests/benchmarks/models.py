@@ -26,6 +26,11 @@ class Case:
     build: Callable[[], tuple[nn.Module, Tensor, Tensor]]
     positions: bool = False
 
+    def on(self, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+        """What `build` makes, on a device."""
+        model, x, y = self.build()
+        return model.to(device), x.to(device), y.to(device)
+
 
 class Block(nn.Module):
     """Pre-norm transformer block with causal attention."""

@@ -14,13 +14,13 @@ from tests.benchmarks.models import CASES, Case
 COLUMNS = 16
 
 
-def works(case: Case) -> tuple[dict[str, Work], dict[str, int]]:
+def works(case: Case, device: str = "cpu") -> tuple[dict[str, Work], dict[str, int]]:
     """Name → one piece of work, and the number of columns where it is not one."""
-    model, x, y = case.build()
+    model, x, y = case.on(device)
     parameters = list(model.parameters())
     size = sum(p.numel() for p in parameters)
     generator = torch.Generator().manual_seed(0)
-    v, V = torch.randn(size, generator=generator), torch.randn(size, COLUMNS, generator=generator)
+    v, V = (torch.randn(*shape, generator=generator).to(device) for shape in ((size,), (size, COLUMNS)))
     operators = {
         "GGN": co.GGN(model, "classification", (x, y)),
         "MC Fisher": co.MCFisher(model, "classification", (x, y)),

@@ -45,9 +45,9 @@ SECONDS = 5.0
 """What takes longer in its first run is timed by that run alone."""
 
 
-def works(case: Case) -> dict[str, Work]:
+def works(case: Case, device: str = "cpu") -> dict[str, Work]:
     """Name → one piece of work from building to the last number."""
-    model, x, y = case.build()
+    model, x, y = case.on(device)
     data, parameters = (x, y), list(model.parameters())
     made: dict[str, Work] = {"gradient": lambda: torch.autograd.grad(peers.summed_loss(model(x), y), parameters)}
     if not case.positions:

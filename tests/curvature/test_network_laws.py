@@ -26,8 +26,8 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
-def test_every_law_holds(case, dtype):
-    A, dense = case.build(dtype)
+def test_every_law_holds(case, dtype, device):
+    A, dense = case.build(dtype, device)
     models = [operator.objective.model for operator in A._watched() if isinstance(operator, DataOperator)]
     assert models
     with untouched(models[0]):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -23,14 +25,14 @@ EVERY = pytest.mark.parametrize("p", WHOLE, ids=lambda p: p.name)
 NEEDS = pytest.mark.parametrize("needs", ["all", "examples"])
 
 
-def captured(p: Problem, K: int = 3, needs: Needs = "all"):
-    model = p.model()
-    x = p.data()[0]
+def captured(p: Problem, K: int = 3, needs: Needs = "all", device: torch.device | str = "cpu"):
+    model = p.model(device=device)
+    x = p.data(device=device)[0]
     selection = ParameterSelection(model, p.params)
     layers = Layers(Network(model), selection, needs=needs)
     batch = layers.capture(x, reference.length(x))
     generator = torch.Generator().manual_seed(3)
-    U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64)
+    U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64).to(device)
     J = reference.jacobian(model, x, p.params)
     B, P = J.shape[0], J.shape[-1]
     rows = torch.einsum("bcp,bck->kbp", J.reshape(B, -1, P), U.reshape(B, -1, K))
@@ -45,8 +47,8 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 @EVERY
 @NEEDS
-def test_per_example_gradients(p, needs):
-    batch, factors, expected = captured(p, needs=needs)
+def test_per_example_gradients(p, needs, device):
+    batch, factors, expected = captured(p, needs=needs, device=device)
     for i, (factor, rows) in enumerate(zip(factors, expected, strict=True)):
         if factor is None:
             assert i in batch.unused
@@ -57,8 +59,8 @@ def test_per_example_gradients(p, needs):
 
 
 @EVERY
-def test_blocks_and_inner_products(p):
-    _, factors, expected = captured(p)
+def test_blocks_and_inner_products(p, device):
+    _, factors, expected = captured(p, device=device)
     present = [(f, rows) for f, rows in zip(factors, expected, strict=True) if f is not None]
     for f, rows in present:
         check(gram(f, f), torch.einsum("kbp,lcp->bkcl", rows, rows))
@@ -92,8 +94,8 @@ def _second_moment(t: Tensor) -> Tensor:
 
 
 @EVERY
-def test_only_scalars_without_rule_fall_back(p):
-    batch, _, _ = captured(p)
+def test_only_scalars_without_rule_fall_back(p, device):
+    batch, _, _ = captured(p, device=device)
     names = [batch.selection.names[i] for i in batch.fallback]
     assert names == (["scale"] if p.name == "raw-parameters" else [])
 
@@ -153,7 +155,7 @@ def _time_first(m, x):
 
 
 def _shared_rows(m, x):  # a projection of a constant, broadcast to the examples
-    grid = torch.linspace(-1, 1, 6, dtype=x.dtype).reshape(3, 2)
+    grid = torch.linspace(-1, 1, 6, dtype=x.dtype, device=x.device).reshape(3, 2)
     return m.head(torch.tanh(x + m.project(grid).unsqueeze(0))).sum(1)
 
 
@@ -202,10 +204,10 @@ FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4}
 
 @pytest.mark.parametrize("name", EXTRA)
 @NEEDS
-def test_per_example_gradients_beyond_the_zoo(name, needs):
+def test_per_example_gradients_beyond_the_zoo(name, needs, device):
     model, shape = EXTRA[name]
     generator = torch.Generator().manual_seed(5)
-    model = model.double().eval()
+    model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         for q in model.parameters():
             q.copy_(torch.randn(q.shape, generator=generator, dtype=torch.float64))
@@ -213,10 +215,11 @@ def test_per_example_gradients_beyond_the_zoo(name, needs):
         x = torch.randint(5, (6, shape), generator=generator)
     else:
         x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    model, x = model.to(device), x.to(device)
     selection = ParameterSelection(model)
     with untouched(model):
         batch = Layers(Network(model), selection, needs=needs).capture(x, reference.length(x))
-        U = torch.randn(*batch.outputs.shape, 2, generator=generator, dtype=torch.float64)
+        U = torch.randn(*batch.outputs.shape, 2, generator=generator, dtype=torch.float64).to(device)
         factors = batch.factors(U)
     J = reference.jacobian(model, x)
     rows = torch.einsum("bcp,bck->kbp", J, U)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
+from defaults import strange_defaults
 
 from curvops.errors import CurvopsError
 from curvops.operators import LinearOperator
 from curvops.operators.methods import SLQ, Hutchinson, Lanczos, XDiag, XTrace
 from curvops.testing.zoo import Case, Parts, zoo
-
-
-@contextlib.contextmanager
-def _strange_defaults() -> Iterator[None]:
-    """New tensors land on a device without storage, in half precision, unless told otherwise."""
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def _answers(A: LinearOperator, v: torch.Tensor) -> dict[str, object]:
@@ -58,7 +45,7 @@ def test_defaults_of_torch_do_not_matter(case: Case, dtype: torch.dtype) -> None
     again, _ = case.build(dtype)
     v = Parts(dtype, "cpu").vector(len(M))
     expected = _answers(A, v)
-    with _strange_defaults():
+    with strange_defaults():
         got = _answers(again, v)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -82,6 +69,6 @@ def test_defaults_of_torch_do_not_matter_to_estimates(method: object, dtype: tor
         return A.diagonal(method) if isinstance(method, XDiag) else A.trace(method)  # type: ignore[arg-type]
 
     expected = answer()
-    with _strange_defaults():
+    with strange_defaults():
         got = answer()
     assert torch.equal(got, expected)

@@ -257,13 +257,13 @@ class LayerRun:
         """`Σ_kn (Jᵀ u_kn)²`, `(P,)`. Cost: one forward and R backward passes; those of `require_only_uses`."""
         first_order = self.cotangents.fisher == "empirical"
         kind = library().SumGradSquared if first_order else library().DiagGGN
-        totals = [torch.zeros(size, dtype=self.objective.selection.dtype) for size in self.objective.selection.sizes]
-        totals = [total.to(self.objective.selection.device) for total in totals]
+        selection = self.objective.selection
+        totals = [torch.zeros(size, dtype=selection.dtype, device=selection.device) for size in selection.sizes]
         for values in self._passes(kind, first_order):
             for total, value in zip(totals, values, strict=True):
                 if value is not None:
                     total += value.reshape(-1)
-        return self.objective.selection.gather(torch.cat(totals))
+        return selection.gather(torch.cat(totals))
 
     def factors(self, approx: str) -> list[tuple[Tensor | None, Tensor | None]]:
         """B (sum) and A (mean; None of biases) of every parameter; None where the outputs do not depend on it."""

@@ -6,6 +6,7 @@ once for all columns. With it, per-example gradients are multiplied out, and col
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,7 @@ def _tiled(sides: Sequence[Side], weights: Tensor | None) -> Tensor:
 
 def _pairs(sides: Sequence[Side]) -> Iterator[tuple[Side, slice, Side, slice]]:
     """Every pair of the upper triangle with its rows and columns."""
-    ends = torch.tensor([side.rows for side in sides]).cumsum(0).tolist()
+    ends = list(itertools.accumulate(side.rows for side in sides))
     places = [slice(end - side.rows, end) for side, end in zip(sides, ends, strict=True)]
     for i, one in enumerate(sides):
         for j in range(i, len(sides)):

@@ -72,7 +72,7 @@ class Unit:
         if not self.is_joint or flipped:  # a flipped weight is (inputs, outputs): the bias is its last row
             return None
         weight, outputs = self.sizes
-        place = torch.arange(weight + outputs).reshape(outputs, -1)
+        place = torch.arange(weight + outputs, device="cpu").reshape(outputs, -1)
         return torch.cat([place[:, :-1].reshape(-1), place[:, -1]])
 
 
