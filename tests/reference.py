@@ -20,8 +20,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 def outputs(model: nn.Module, x: Any) -> Tensor:
     """f, attached to the graph."""
     takes_keywords = isinstance(x, Mapping) and set(x) <= set(inspect.signature(model.forward).parameters)
-    # cuDNN's recurrences have no backward in eval mode, and its convolutions round to ten bits by default.
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+    with sdpa_kernel(SDPBackend.MATH):
         f = model(**x) if takes_keywords else model(x)
     return f if isinstance(f, Tensor) else f.logits
 

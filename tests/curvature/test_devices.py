@@ -54,6 +54,9 @@ OF_PARAMETERS: dict[str, Computed] = {
 }
 """Curvatures of whole parameters alone."""
 
+SOLVED = ("solve", "variance")
+"""What may be iterated for, to the solvers' tolerance."""
+
 NUMBERS = {**OF_ENTRIES, **OF_PARAMETERS}
 
 
@@ -87,7 +90,7 @@ def test_same_numbers_on_an_accelerator(name: str, p: Problem) -> None:
     expected, got = (NUMBERS[name](subject(p, where)) for where in ("cpu", "cuda"))
     assert got.device.type == "cuda"
     assert got.dtype == expected.dtype
-    assert reference.relative_error(got.cpu(), expected) < 1e-9
+    assert reference.relative_error(got.cpu(), expected) < (1e-6 if name in SOLVED else 1e-9)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

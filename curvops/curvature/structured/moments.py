@@ -1,8 +1,8 @@
 """The second moments that KFAC's factors are, summed over a pass, each once and in place.
 
 What shares an operand shares its moment: a weight and its bias the output derivatives, projections of one tensor their
-inputs. Torch has no symmetric product: the sums are made in panels of the upper triangle, which saves nearly half of
-the work, and mirrored at the end.
+inputs. Torch has no symmetric product: on a processor the sums are made in panels of the upper triangle, which saves
+nearly half of the work, and mirrored at the end.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class SymmetricSum:
         if G > 1:
             total.baddbmm_(X, X.transpose(1, 2), beta=kept)
             return
-        for start, stop in _panels(d):
+        for start, stop in _panels(X, d):
             total[0, start:stop, start:].addmm_(X[0, start:stop], X[0, start:].T, beta=kept)
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
         total, kept = self._prepared(X, 1, X.shape[1])
-        for start, stop in _panels(X.shape[1]):
+        for start, stop in _panels(X, X.shape[1]):
             total[0, start:stop, start:].addbmm_(X[:, start:stop], X[:, start:].transpose(1, 2), beta=kept)
 
     def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
@@ -51,7 +51,7 @@ class SymmetricSum:
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        if len(self._total) == 1 and self._total.shape[1] >= 2 * PANEL:
+        if len(self._total) == 1 and len(_panels(self._total, self._total.shape[1])) > 1:
             _mirror(self._total[0])
         return self._total
 
@@ -63,9 +63,9 @@ class SymmetricSum:
         return self._total, 0
 
 
-def _panels(d: int) -> list[tuple[int, int]]:
-    """Rows of the panels; one of all where halves would save nothing."""
-    step = PANEL if d >= 2 * PANEL else d
+def _panels(X: Tensor, d: int) -> list[tuple[int, int]]:
+    """Rows of the panels; one of all where halves would save nothing, or calls weigh more than arithmetic."""
+    step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
     return [(start, min(start + step, d)) for start in range(0, d, step)]
 
 
