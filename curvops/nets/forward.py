@@ -50,10 +50,17 @@ class Network:
         if not isinstance(model, nn.Module):
             raise DataError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         self.module: nn.Module = unwrap(model)
+        named = list(self.module.named_modules())
+        for path, module in named:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedError(
+                    f"module {path or '(the model itself)'!r} is compiled to TorchScript, which hides its parameters "
+                    "and its operations; build the curvature on the Python module that it was made from"
+                )
         self.fused = False
         """Whether attention runs fused, which makes the forward faster, each pass slower, and a second derivative
         impossible: for graphs that few cotangents pass over."""
-        modules = list(self.module.modules())
+        modules = [module for _, module in named]
         self.recurrent: bool = has_recurrence(modules)
         self.plain: bool = needs_plain_kernels(modules)
 

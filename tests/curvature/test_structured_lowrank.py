@@ -144,6 +144,14 @@ class TestLowRank:
             damped = scaled.add_diagonal(deltas).to_dense()
             assert reference.relative_error(damped, scaled.to_dense() + d.diag()) < 1e-14
 
+    def test_made_in_inference_mode_it_serves_autograd(self):
+        H = curvatures(problem("mlp"))[0]
+        with torch.inference_mode():
+            L = low_rank(H, 3)
+        b = torch.ones(H.shape[0], dtype=torch.float64, requires_grad=True)
+        L.add_diagonal(1.0).solve(b).sum().backward()
+        assert b.grad is not None
+
     def test_what_is_refused(self):
         p = problem("mlp")
         H = Hessian(p.model(), p.loss(), p.data())

@@ -342,3 +342,9 @@ class TestCutGraphs:
     def test_a_function_is_no_model(self):
         with pytest.raises(DataError, match=r"function; expected a torch\.nn\.Module"):
             Network(lambda x: x)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+    def test_torchscript_is_refused_by_path(self):
+        model = nn.Sequential(nn.Tanh(), torch.jit.script(nn.Linear(3, 2)))
+        with pytest.raises(UnsupportedError, match="module '1' is compiled to TorchScript"):
+            Network(model)

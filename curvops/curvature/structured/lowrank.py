@@ -30,6 +30,7 @@ _FIRST = 16
 """Rank at which a search for a tolerance starts."""
 
 
+@torch.inference_mode(False)  # what is made here is kept, for calls in every mode
 @torch.no_grad()
 def low_rank(
     H: LinearOperator,
