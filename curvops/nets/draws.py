@@ -8,8 +8,10 @@ splittable pseudorandom number generators"), chained over the components of the 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -17,9 +19,17 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
+_Words = NDArray[np.uint64]
+
 
 def uniforms(
-    seed: int, positions: Int64[Tensor, " B"], sample: int, count: int, stream: int = 0
+    seed: int,
+    positions: Int64[Tensor, " B"],
+    sample: int,
+    count: int,
+    stream: int = 0,
+    *,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "B count"]:
     """Uniform numbers in the open interval (0, 1), row i a function of `(seed, positions[i], sample, stream)` alone.
 
@@ -29,38 +39,46 @@ def uniforms(
         sample: Number of the Monte-Carlo sample.
         count: Numbers per datum; the first k of them do not depend on `count`.
         stream: Separates uses that must not share their numbers.
+        device: Of the numbers; None for that of the positions. They are made on the processor.
 
     Returns:
         `(B, count)` float64 (float32 where the device has no float64). Cost O(B·count).
     """
+    device = positions.device if device is None else device
     key = _mix_int(_mix_int(seed) + _GOLDEN * (stream + 1))
-    state = _mix(_signed(key) + (positions + 1) * _signed(_GOLDEN))
-    state = _mix(state + _signed(_GOLDEN * (sample + 1)))
-    coordinates = torch.arange(1, count + 1, device=positions.device)
-    bits = _mix(state[:, None] + coordinates * _signed(_GOLDEN))
+    state = _mix((positions.cpu().numpy().view(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key))
+    state = _mix(state + np.uint64(_GOLDEN * (sample + 1) & _WORD))
+    bits = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     # k + ½ is exact in the target's mantissa, so neither 0 nor 1 can appear, whatever the rounding.
-    if positions.device.type == "mps":
-        return (_shift(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
-    return (_shift(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+    width, real = (23, np.float32) if device.type == "mps" else (52, np.float64)
+    bits >>= np.uint64(64 - width)
+    numbers = bits.astype(real)
+    numbers += real(0.5)
+    numbers *= real(2.0**-width)
+    return torch.from_numpy(numbers).to(device)
 
 
 def gaussians(
-    seed: int, positions: Int64[Tensor, " B"], sample: int, count: int, stream: int = 0
+    seed: int,
+    positions: Int64[Tensor, " B"],
+    sample: int,
+    count: int,
+    stream: int = 0,
+    *,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "B count"]:
     """Standard normal numbers by the inverse distribution function of `uniforms`; same arguments, shapes and cost."""
-    return torch.special.ndtri(uniforms(seed, positions, sample, count, stream))
+    return torch.special.ndtri(uniforms(seed, positions, sample, count, stream, device=device))
 
 
-def _shift(z: Tensor, k: int) -> Tensor:
-    """Logical right shift: int64's own shift would drag the sign along."""
-    return (z >> k) & ((1 << (64 - k)) - 1)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap modulo 2⁶⁴ as wanted."""
-    z = (z ^ _shift(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shift(z, 27)) * _signed(_SECOND)
-    return z ^ _shift(z, 31)
+def _mix(z: _Words) -> _Words:
+    """splitmix64's finaliser in place; products of arrays of words wrap modulo 2⁶⁴ as wanted."""
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(_FIRST)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(_SECOND)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def _mix_int(z: int) -> int:
@@ -69,9 +87,3 @@ def _mix_int(z: int) -> int:
     z = ((z ^ (z >> 30)) * _FIRST) & _WORD
     z = ((z ^ (z >> 27)) * _SECOND) & _WORD
     return z ^ (z >> 31)
-
-
-def _signed(z: int) -> int:
-    """The int64 that has the bits of `z` modulo 2⁶⁴."""
-    z &= _WORD
-    return z - (1 << 64) if z >> 63 else z

@@ -262,11 +262,11 @@ def addressed(
     if isinstance(position, Tensor):
         if position.shape != (B,):
             raise ShapeError(f"position has shape {tuple(position.shape)}; expected an integer or ({B},).")
-        positions = position.to(device=f.device, dtype=torch.int64)
+        positions = position.to(device="cpu", dtype=torch.int64)
     else:
-        positions = torch.arange(position, position + B, device=f.device)
+        positions = torch.arange(position, position + B, device="cpu")
     per_datum = f.shape[1:-1].numel() * count
-    return kind(seed, positions, sample, per_datum).reshape(*f.shape[:-1], count)
+    return kind(seed, positions, sample, per_datum, device=f.device).reshape(*f.shape[:-1], count)
 
 
 def _short(value: Any) -> str:

@@ -133,8 +133,8 @@ class PassRecord:
 def _irregular(stream: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed numbers in (½, 1½), which depend on the arguments alone."""
     with torch.inference_mode(False):
-        origin = torch.zeros(1, dtype=torch.int64, device=device)
-        return (draws.uniforms(0, origin, 0, count, stream=stream)[0] + 0.5).to(dtype)
+        origin = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return (draws.uniforms(0, origin, 0, count, stream=stream, device=device)[0] + 0.5).to(dtype)
 
 
 class PrivateRandomness:

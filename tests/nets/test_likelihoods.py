@@ -384,8 +384,8 @@ def test_addressed_numbers_are_uniform_and_uncorrelated() -> None:
 
 def test_the_hash_is_splitmix64() -> None:
     """Published first outputs of splitmix64 from state 1234567 (the last stage of the chain)."""
-    state = torch.tensor([1234567])
-    out = [draws._mix(state + draws._signed(k * draws._GOLDEN)).item() % 2**64 for k in range(1, 4)]
+    steps = np.arange(1, 4, dtype=np.uint64)
+    out = draws._mix(np.uint64(1234567) + steps * np.uint64(draws._GOLDEN)).tolist()
     assert out == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [draws._mix_int(1234567 + k * draws._GOLDEN) for k in range(1, 4)] == out
 

@@ -319,8 +319,8 @@ class _Columns(nn.modules.loss._Loss):
         if len(self.columns) == 1:
             self.weights = S.new_ones(1)
             return
-        position = torch.zeros(1, dtype=torch.int64, device=S.device)
-        self.weights = draws.gaussians(0, position, 3, len(self.columns))[0].to(S.dtype)
+        position = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.weights = draws.gaussians(0, position, 3, len(self.columns), device=S.device)[0].to(S.dtype)
 
     def combined(self, carried: Tensor) -> Tensor:
         """`Σ_v w_v carried_v`."""

@@ -188,8 +188,9 @@ def module_text(path: str, module: nn.Module) -> str:
 
 def irregular(like: Tensor, sample: int) -> Tensor:
     """Fixed numbers without a pattern, of a tensor's shape: no sum of them cancels by chance."""
-    position = torch.zeros(1, dtype=torch.int64, device=like.device)
-    return draws.gaussians(0, position, sample, like.numel()).reshape(like.shape).to(like.dtype)
+    position = torch.zeros(1, dtype=torch.int64, device="cpu")
+    numbers = draws.gaussians(0, position, sample, like.numel(), device=like.device)
+    return numbers.reshape(like.shape).to(like.dtype)
 
 
 def _per_row(weights: Tensor, like: Tensor) -> Tensor:

@@ -156,9 +156,9 @@ class Cotangents:
             return columns
         if self.tokens == "auto" and columns.count <= SEPARATE_UP_TO:
             return columns
-        positions = torch.arange(batch.position, batch.position + len(f), device=f.device)
-        signs = draws.uniforms(self.seed, positions, 0, f.shape[1], stream=_SIGNS).sub(0.5).sign().to(f.dtype)
-        return Columns(root, apart=False, signs=signs)
+        positions = torch.arange(batch.position, batch.position + len(f), device="cpu")
+        numbers = draws.uniforms(self.seed, positions, 0, f.shape[1], stream=_SIGNS, device=f.device)
+        return Columns(root, apart=False, signs=numbers.sub(0.5).sign().to(f.dtype))
 
     def separate(self) -> Cotangents:
         """The same with the positions of a sequence kept apart."""
