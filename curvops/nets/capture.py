@@ -10,6 +10,8 @@ set: what the operations saved is read off the autograd graph, and g is asked fo
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,9 +23,11 @@ from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
 from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, edge_key
+from curvops.nets.layers import Node
 from curvops.nets.mixing import require_independent
 from curvops.nets.ownership import WITNESSES, Needs, Plan, layouts_by_pass, layouts_by_shapes, plan_of_batch
 from curvops.nets.parameters import ParameterSelection
+from curvops.nets.pooled import Pool, Pooled, find_pool
 
 Place = Literal["everywhere", "head", "body"]
 """Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
@@ -38,6 +42,7 @@ class Layers:
         byte_budget: Working memory of the fallback's chunks.
         needs: What must be known of the rows.
         few: Whether few cotangents pass over each graph.
+        pooled: Read the gradients of convolutions behind their pooling, see `Pooled`.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class Layers:
         byte_budget: int = 2**28,
         needs: Needs = "all",
         few: bool = False,
+        pooled: bool = False,
     ) -> None:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
+        self.pooled = pooled
         self.needs: Needs = needs
         self.recorded = network.fusing() if few else network
         """The network as graphs of it are recorded."""
@@ -65,7 +72,9 @@ class Layers:
     def needing(self, needs: Needs) -> Layers:
         """The same, with nothing learned yet."""
         few = self.recorded is not self.network
-        layers = Layers(self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few)
+        layers = Layers(
+            self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few, pooled=self.pooled
+        )
         layers.hooked, layers.recomputes = self.hooked, self.recomputes
         return layers
 
@@ -168,6 +177,7 @@ class Capture(LayerGraph):
         self._layers, self._x = layers, x
         self._readings: list[list[Reading] | None] = []
         self._values: dict[tuple[int, int], Tensor | Made] = {}
+        self._by_position: dict[tuple[int, int], Made] = {}
         self.fallback: list[int] = []
         self.head: Head | None = None
         self.unused = [i for i, sites in enumerate(self._sites) if not sites]
@@ -197,7 +207,7 @@ class Capture(LayerGraph):
             [] if readings is None or (head is not None and (i in head.parameters) != (place == "head")) else readings
             for i, readings in enumerate(self._readings)
         ]
-        edges = [r.tap.edge for readings in wanted for r in readings]
+        edges = [r.edge for readings in wanted for r in readings]
         rows = U.movedim(-1, 0).flatten(1, -2)
         if head is None:
             grads = self.pulled_to(edges, U, last=last)
@@ -206,8 +216,12 @@ class Capture(LayerGraph):
         else:
             grads = self._pulled(edges, head.features, rows, last=last)
 
+        pools = {edge_key(r.edge): r.pool for readings in wanted for r in readings if r.pool is not None}
+        grads |= {key: pool.gradients(g) for key, pool in pools.items() if (g := grads[key]) is not None}
+
+        @torch.no_grad()
         def read(i: int, readings: list[Reading]) -> Factors | None:
-            found = [(j, r, grads[edge_key(r.tap.edge)]) for j, r in enumerate(readings)]
+            found = [(j, r, grads[edge_key(r.edge)]) for j, r in enumerate(readings)]
             parts = [self._part((i, j), r, g.detach(), B) for j, r, g in found if g is not None]
             return Factors(self.selection.sizes[i], parts) if parts else None
 
@@ -221,7 +235,7 @@ class Capture(LayerGraph):
     def release(self) -> None:
         """Drop the graph; the outputs stay."""
         super().release()
-        self._readings, self._values, self.head = [], {}, None
+        self._readings, self._values, self._by_position, self.head = [], {}, {}, None
 
     # ---- which rows are whose -----------------------------------------------------------------------------------
 
@@ -255,8 +269,22 @@ class Capture(LayerGraph):
             self._readings.append(readings)
         as_learned = all(plan.layouts[i] is None for i in self.fallback)
         self._check_ownership()
+        if self._layers.pooled and not self.hooked:
+            self._guarded(self._read_behind_pools)
         self.head = None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
         return as_learned
+
+    def _read_behind_pools(self) -> None:
+        """Have parameters of convolutions that are pooled read where their gradients are few."""
+        pools: dict[Node, Pool | None] = {}
+        for sites, readings in zip(self._sites, self._readings, strict=True):
+            if readings is None or len(readings) != 1:
+                continue
+            (site,), (r,) = sites, readings
+            if r.layout == "batch first" and r.tap.rows == len(self.outputs):
+                if site.node not in pools:
+                    pools[site.node] = find_pool(self._users, site.node)
+                readings[0] = replace(r, pool=pools[site.node])
 
     def _check_ownership(self) -> None:
         """Send a cotangent through half of the examples, and to the fallback whatever lets it reach the other half.
@@ -285,13 +313,14 @@ class Capture(LayerGraph):
 
     def _part(self, key: tuple[int, int], r: Reading, g: Tensor, B: int) -> Part:
         K, t = g.shape[0], r.tap
-        with torch.no_grad():
-            if r.back is None:
-                cotangent = self._split(t.cotangent(g), 1, r.layout, B)
-            else:
-                cotangent = t.cotangent(r.back(g, K)).unflatten(0, (K, B))
-            cotangent = _merge_positions(cotangent, t.kind)
-            value = self._value(key, r, B)
+        if r.pool is not None:
+            return self._pooled(key, r, r.pool, g, B)
+        if r.back is None:
+            cotangent = self._split(t.cotangent(g), 1, r.layout, B)
+        else:
+            cotangent = t.cotangent(r.back(g, K)).unflatten(0, (K, B))
+        cotangent = _merge_positions(cotangent, t.kind)
+        value = self._value(key, r, B)
         if t.kind == "outer":
             assert value is not None
             return Outer(value, cotangent, t.flipped)
@@ -299,6 +328,17 @@ class Capture(LayerGraph):
             assert isinstance(value, Tensor)
             return Lookup(value, cotangent, t.size)
         return Shift(cotangent) if t.kind == "shift" else Direct(cotangent)
+
+    def _pooled(self, key: tuple[int, int], r: Reading, pool: Pool, g: Float[Tensor, "K B O S"], B: int) -> Part:
+        make, inputs = r.tap.by_position, self._value(key, r, B)
+        if make is None:
+            return Shift(g.mT)
+        assert isinstance(inputs, Made)
+        T, G, _ = inputs.shape[1:]
+        if key not in self._by_position:
+            _, channels, *kernel = self.selection.tensors[key[0]].shape
+            self._by_position[key] = Made((B, T, G, math.prod(kernel), channels), self.outputs.dtype, make)
+        return Pooled(inputs, self._by_position[key], g.unflatten(2, (G, -1)), pool.index.unflatten(1, (G, -1)))
 
     def _value(self, key: tuple[int, int], r: Reading, B: int) -> Tensor | Made | None:
         """The site's input with examples first, kept for further cotangents."""

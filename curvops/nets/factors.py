@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
 
 CHUNK = 2**22
 """Entries of a temporary that holds per-example gradients."""
@@ -24,7 +28,7 @@ FEW = 64
 """Inputs below which their products with the outputs are faster with the outputs last."""
 
 SQUARED = 2**18
-"""Entries of one whose squares are summed at once."""
+"""Entries of products, and of the columns they are made of, whose squares are summed at once."""
 
 
 class Made:
@@ -71,6 +75,11 @@ class Outer:
     def positions(self) -> int:
         return self.g.shape[2]
 
+    @property
+    def share(self) -> float:
+        """Of the outputs, how many have a gradient."""
+        return 1.0
+
     def examples(self, rows: slice) -> Outer:
         return Outer(self.a[rows], self.g[:, rows], self.flipped)
 
@@ -83,27 +92,33 @@ class Outer:
         rows = rows.permute(2, 0, 1, 4, 3) if self.flipped else rows.permute(2, 0, 1, 3, 4)
         return rows.flatten(2)
 
-    def squares(self) -> Float[Tensor, " p"]:
+    def squares(self, *others: Outer) -> Float[Tensor, " p"]:
+        """Σ_kn G_kn², over the columns of `others` too, which are of the same examples and multiply the same a."""
+        columns = [g for part in (self, *others) for g in part.g]  # (B, T, G, O) each
         if self.positions == 1:
-            return self.squared_product(self.g[:, :, 0].square().sum(0))
-        K, B, _, G, O = self.g.shape
-        one = self.a[0, 0].numel() * O
-        few = self.a.shape[-1] < FEW
+            return self.squared_product(sum((g[:, 0].square() for g in columns[1:]), columns[0][:, 0].square()))
+        B, T, G, O = columns[0].shape
+        I = self.a.shape[-1]
+        few = I < FEW
         total = None
-        # So little at a time that gradients are squared before they leave the caches; and the columns side by side, so
+        # So little at a time that products are squared before they leave the caches; and the columns side by side, so
         # that `a` is read once.
-        for columns in slices(K, one, SQUARED):
-            for rows in slices(B, one * len(self.g[columns]), SQUARED):
+        for some in slices(len(columns), G * O * (T + I), SQUARED):
+            sums = None  # of as many examples, apart, as are multiplied at once
+            for rows in slices(B, len(columns[some]) * G * O * (T + I), SQUARED):
                 a = self.a[rows].permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, I, T)
-                g = self.g[columns, rows].permute(1, 3, 0, 4, 2)
-                g = g.flatten(2, 3).flatten(0, 1)  # (B·G, K·O, T)
-                rows_of_G = torch.bmm(a, g.transpose(1, 2)) if few else torch.bmm(g, a.transpose(1, 2))
-                G_squared = rows_of_G.square_().unflatten(0, (-1, G)).sum(0)
-                axis = 2 if few else 1
-                G_squared = G_squared.unflatten(axis, (-1, O)).sum(axis)
-                total = G_squared if total is None else total.add_(G_squared)
+                g = _side_by_side([g[rows] for g in columns[some]])  # (B·G, T, K·O)
+                products = torch.bmm(a, g) if few else torch.bmm(g.mT, a.mT)
+                if sums is None:
+                    sums = products.square_()
+                else:
+                    sums[: len(products)].addcmul_(products, products)
+            assert sums is not None
+            axis = 2 if few else 1
+            sums = sums.unflatten(0, (-1, G)).sum(0).unflatten(axis, (-1, O)).sum(axis)
+            total = sums if total is None else total.add_(sums)
         assert total is not None
-        return (total if few == self.flipped else total.transpose(1, 2)).reshape(-1)
+        return (total if few == self.flipped else total.mT).reshape(-1)
 
     def squared_product(self, g_squared: Float[Tensor, "B G O"]) -> Float[Tensor, " p"]:
         """Σ_n g²_n (a²_n)ᵀ, for one position and squares summed over the columns."""
@@ -189,40 +204,16 @@ class Direct:
         return self.rows.square().sum((0, 1))
 
 
-Part = Outer | Lookup | Shift | Direct
+Part: TypeAlias = "Outer | Pooled | Lookup | Shift | Direct"
 
 
-class SquareSum:
-    """Σ_kn G_kn², entry by entry, over examples that come with their columns in several goes.
-
-    Args:
-        size: p.
-        like: A tensor of the dtype and on the device of the sum.
-
-    Without weight sharing only the squares of g are summed until `flush`, which ends the examples: then one product
-    with the squares of a serves all columns.
-    """
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.value: Tensor = torch.zeros(size, dtype=like.dtype, device=like.device)
-        self._part: Outer | None = None
-        self._g_squared: Tensor | None = None
-
-    def add(self, factors: Factors) -> None:
-        """Some columns of the present examples."""
-        part = factors.parts[0]
-        if len(factors.parts) > 1 or not isinstance(part, Outer) or part.positions > 1:
-            self.value += factors.squares()
-            return
-        g_squared = part.g[:, :, 0].square().sum(0)
-        self._part = part
-        self._g_squared = g_squared if self._g_squared is None else self._g_squared.add_(g_squared)
-
-    def flush(self) -> None:
-        """The present examples have had all their columns."""
-        if self._part is not None and self._g_squared is not None:
-            self.value += self._part.squared_product(self._g_squared)
-        self._part = self._g_squared = None
+def _side_by_side(columns: Sequence[Float[Tensor, "B T G O"]]) -> Float[Tensor, "BG T KO"]:
+    """The columns' outputs beside each other, in the order of axes that they have in memory; one is not copied."""
+    if len(columns) == 1:
+        return columns[0].transpose(1, 2).flatten(0, 1)
+    if columns[0].stride(1) > 1:
+        return torch.cat([g.transpose(1, 2) for g in columns], 3).flatten(0, 1)
+    return torch.cat([g.permute(0, 2, 3, 1) for g in columns], 2).flatten(0, 1).mT
 
 
 class Factors:

@@ -18,6 +18,7 @@ from curvops.nets.kept import Kept
 from curvops.nets.kernels import LeanFunctions
 from curvops.nets.layers import Node, Site, find_sites, graph_users, placement, shape_at
 from curvops.nets.parameters import ParameterSelection
+from curvops.nets.pooled import Pool
 from curvops.nets.rules import Tap, tap
 
 AtEdges = dict[tuple[Any, int], Tensor | None]
@@ -44,6 +45,13 @@ class Reading:
     layout: Layout
     # shared: brings g at the tap's edge, where examples are apart, back to the operation's own output, per example
     back: Callable[[Tensor, int], Tensor] | None = None
+    # where the operation's outputs are pooled and g is read behind that
+    pool: Pool | None = None
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where g is read."""
+        return self.tap.edge if self.pool is None else self.pool.edge
 
 
 class LayerGraph(Kept):

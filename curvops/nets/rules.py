@@ -42,6 +42,7 @@ class Tap:
         flipped: outer: the parameter is `(G, I, O)` rather than `(G, O, I)`.
         size: lookup: rows of the table.
         made: `(T, G, I)` of an input that is no view of what the graph keeps, but made anew.
+        by_position: The input once more, convolutions `(R, T, G, kernel, I / kernel)`, in memory in that order.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Tap:
     flipped: bool = False
     size: int = 0
     made: tuple[int, int, int] | None = None
+    by_position: Callable[[], Tensor] | None = None
 
 
 Rule = Callable[[Site, Placement, torch.Size], Tap | None]
@@ -169,7 +171,8 @@ def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
         return Tap("outer", edge, x.shape[0], patches, lambda: plain(x), flipped=True)
     space = shape_at(edge)[2:]
     made = space.numel(), G, shape[1:].numel()
-    return Tap("outer", edge, x.shape[0], plain, lambda: window(x, G, space), made=made)
+    rows = lambda: window.by_position(x, G, space)  # noqa: E731
+    return Tap("outer", edge, x.shape[0], plain, lambda: window(x, G, space), made=made, by_position=rows)
 
 
 class _Window:
@@ -186,18 +189,32 @@ class _Window:
 
     def __call__(self, x: Tensor, groups: int, out: Sequence[int]) -> Tensor:
         d = len(self.kernel)
-        # Saved arguments of 1-d convolutions may be expanded to two dimensions; the last ones count.
-        stride, padding, dilation = (list(s)[-d:] for s in (self.stride, self.padding, self.dilation))
-        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-        for axis in range(d):
-            reach = (self.kernel[axis] - 1) * dilation[axis] + 1
-            x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
-        # Now (N, channels, *positions, *kernel); a ragged end may leave positions that the convolution drops.
-        for axis in range(d):
-            x = x.narrow(2 + axis, 0, out[axis])
+        x = self._unfolded(x, 2, out)  # (N, channels, *positions, *kernel)
         x = x.permute(1, *range(2 + d, 2 + 2 * d), 0, *range(2, 2 + d)).contiguous()
         x = x.flatten(2 + d).unflatten(0, (groups, -1)).flatten(1, 1 + d)  # (G, channels / G · kernel, N, T)
         return x.permute(2, 3, 0, 1)
+
+    def by_position(self, x: Tensor, groups: int, out: Sequence[int]) -> Tensor:
+        """The same as `(N, T, G, kernel, channels / G)`, in memory in that order: whole rows of pixels are copied."""
+        d = len(self.kernel)
+        x = self._unfolded(x.movedim(1, -1).contiguous(), 1, out)  # (N, *positions, channels, *kernel)
+        x = x.unflatten(1 + d, (groups, -1)).movedim(2 + d, -1).contiguous()
+        return x.flatten(1, d).flatten(3, 2 + d)
+
+    def _unfolded(self, x: Tensor, first: int, out: Sequence[int]) -> Tensor:
+        """Axes of space from `first` on become positions, and the kernel's are put last; a view of the padded image."""
+        d = len(self.kernel)
+        # Saved arguments of 1-d convolutions may be expanded to two dimensions; the last ones count.
+        stride, padding, dilation = (list(s)[-d:] for s in (self.stride, self.padding, self.dilation))
+        behind = x.ndim - first - d
+        x = F.pad(x, [0, 0] * behind + [p for pad in reversed(padding) for p in (pad, pad)])
+        for axis in range(d):
+            reach = (self.kernel[axis] - 1) * dilation[axis] + 1
+            x = x.unfold(first + axis, reach, stride[axis])[..., :: dilation[axis]]
+        # A ragged end may leave positions that the convolution drops.
+        for axis in range(d):
+            x = x.narrow(first + axis, 0, out[axis])
+        return x
 
 
 # ---- lookups ----------------------------------------------------------------------------------------------------

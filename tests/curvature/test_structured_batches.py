@@ -183,22 +183,31 @@ def test_columns_in_stacks_of_fewer_examples_give_the_same_numbers(monkeypatch, 
     model = drawn(nn.Sequential(nn.Conv2d(2, 4, 3, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)))
     x, y = torch.randn(20, 2, 5, 5, dtype=torch.float64), torch.randint(5, (20,))
     seen: list[tuple[int, int]] = []
-    asked = Capture.factors
+    multiplied: list[int] = []
+    asked, squares = Capture.factors, factors.Outer.squares
 
     def counted(self: Any, U: Tensor, *rest: Any, **options: Any) -> Any:
         seen.append((len(U), U.shape[-1]))
         return asked(self, U, *rest, **options)
 
+    def together(self: Any, *others: Any) -> Tensor:
+        multiplied.append(sum(len(part.g) for part in (self, *others)))
+        return squares(self, *others)
+
     monkeypatch.setattr(Capture, "factors", counted)
+    monkeypatch.setattr(factors.Outer, "squares", together)
     check(DiagonalGGN(model, "classification", (x, y)).diagonal(), reference.ggn(model, NLL, x, y).diagonal())
     assert seen == [(20, 4)]
+    assert multiplied == [4]
     seen.clear()
+    multiplied.clear()
     monkeypatch.setattr(layerpass, "CPU_COLUMN_BYTES", 1)
     monkeypatch.setattr(layerpass, "STACKED_EXAMPLES", 2)
     monkeypatch.setattr(layerpass, "STACKED_BYTES", 3 * 8 * layer_bytes(model, x))
-    monkeypatch.setattr(factors, "SQUARED", 2 * 3 * 72)
+    monkeypatch.setattr(factors, "SQUARED", 2 * 3 * 4 * (9 + 18))
     check(DiagonalGGN(model, "classification", (x, y)).diagonal(), reference.ggn(model, NLL, x, y).diagonal())
-    assert seen == [(7, 3), (7, 1), (7, 3), (7, 1), (6, 3), (6, 1)]
+    assert seen == [*[(7, 1)] * 8, *[(6, 1)] * 4]
+    assert multiplied == [3, 1] * 3
 
 
 def layer_bytes(model: nn.Module, x: Tensor) -> int:

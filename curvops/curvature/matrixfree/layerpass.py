@@ -52,6 +52,7 @@ class Step:
         active: `(b,)` or `(b, T)`: which data and positions count (False at ignored targets).
         first: Whether these are the first columns of their examples, for the parameters that have factors here.
         last: Whether they are the last.
+        hold: Columns of which factors may be held, for a product to serve several steps'.
         outputs: f of the examples.
         moment: Σ g gᵀ `(C, C)` over the examples' positions and all of their columns, where those have been summed
             already: g of the factors, which are the last layer's, is one column of zeros.
@@ -63,6 +64,7 @@ class Step:
     last: bool
     outputs: Tensor
     moment: Tensor | None = None
+    hold: int = 1
 
 
 class LayerPass:
@@ -74,7 +76,8 @@ class LayerPass:
         together: Have all columns of an example in one step where memory allows, rather than what suits the caches.
         examples: `columns per example → most examples in a step`; None for what fits.
         report_unused: Warn once of parameters that the outputs do not depend on.
-        stacked: A product serves several columns of shared weights: on a CPU, have some in a step, of fewer examples.
+        stacked: A product serves several columns of shared weights: on a CPU, let them be held, of fewer examples; and
+            read gradients behind the pooling of a convolution, where they are few.
         narrow: Allow a last layer columns of its own, and the parameters behind it fewer: for what is a sum over the
             columns of each parameter (and a bias's weight) alone.
         needs: What must be known of the layers' rows, as for `Layers`; with "terms" whose they are is found out where
@@ -101,10 +104,12 @@ class LayerPass:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
         self.moments = False
-        self.layers = Layers(objective.network, objective.selection, needs=needs, few=cotangents.few)
+        self._stacked = stacked and objective.selection.device.type == "cpu"
+        self.layers = Layers(
+            objective.network, objective.selection, needs=needs, few=cotangents.few, pooled=self._stacked
+        )
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
-        self._stacked = stacked and objective.selection.device.type == "cpu"
         self._reported = not report_unused
 
     def note(self, name: str) -> str | None:
@@ -168,14 +173,14 @@ class LayerPass:
                     # The head's columns are there already; others are pulled back as many at a time as suits.
                     there = place == "head" and not some.apart and some.signs is None
                     at_once = some.count if there else self._step(len(part.y), room)
-                    number = -(-some.count // at_once)
+                    number, hold = -(-some.count // at_once), self._hold(len(part.y), room)
                     for i, U in enumerate(some.chunks(at_once)):
                         last = i == number - 1
                         final = last and place == roots[-1][0]
                         factors = capture.factors(U, place, last=final)
                         if final:
                             capture.release()  # what the factors are made of is theirs alone
-                        yield Step(factors, active, i == 0, last, capture.outputs)
+                        yield Step(factors, active, i == 0, last, capture.outputs, hold=hold)
             finally:
                 capture.release()
             start += len(part.y)
@@ -208,10 +213,13 @@ class LayerPass:
         """Columns pulled back in one go: what fits; on a CPU no more than pays, since its caches are small."""
         within = room // examples
         if self.objective.selection.device.type == "cpu" and not self._together:
-            column = max(1, examples * self.layers.bytes_per_example)
-            stack = STACK if self._stacked and STACK * column <= STACKED_BYTES else 1
-            within = min(within, max(stack, CPU_COLUMN_BYTES // column))
+            within = min(within, CPU_COLUMN_BYTES // max(1, examples * self.layers.bytes_per_example))
         return max(1, within)
+
+    def _hold(self, examples: int, room: int) -> int:
+        """Columns of which factors may be held."""
+        fits = STACK * examples * self.layers.bytes_per_example <= STACKED_BYTES
+        return STACK if self._stacked and fits and STACK * examples <= room else 1
 
     def _report(self, unused: list[int], fallback: list[int]) -> None:
         names = self.objective.selection.names

@@ -17,7 +17,7 @@ from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.linalg.results import EstimateReport
-from curvops.nets.factors import SquareSum
+from curvops.nets.squares import SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.deferred import Deferred
 from curvops.operators.diagonal import Diagonal
@@ -60,7 +60,7 @@ class _GaussNewtonDiagonal(_DataDiagonal):
             for step in layers:
                 for total, factors in zip(sums, step.factors, strict=True):
                     if factors is not None:
-                        total.add(factors)
+                        total.add(factors, hold=step.hold)
                     if step.last:
                         total.flush()
         if layers.fallback:
@@ -79,7 +79,8 @@ class DiagonalGGN(_GaussNewtonDiagonal):
         generator: Gives the seed of the samples when the operator is built (and so advances); None for seed 0.
 
     Cost: one forward, C backward passes through the activations alone, and one product per layer (Linear) or C of them
-    (convolutions); T·C passes for sequences `(B, T, C)`. Memory O(activations · C), in chunks.
+    (convolutions; with the inputs of those outputs alone that max pooling has chosen); T·C passes for sequences
+    `(B, T, C)`. Memory O(activations · C), in chunks.
     """
 
     def __init__(

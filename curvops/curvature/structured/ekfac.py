@@ -15,7 +15,8 @@ from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.structured.expected import Expected
 from curvops.curvature.structured.factored import Factored, Source, Sums
 from curvops.curvature.structured.statistics import Statistics, combined
-from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift, SquareSum
+from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
+from curvops.nets.squares import SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import Diagonal, Identity

@@ -18,8 +18,8 @@ from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.nystrom import nystrom
-from curvops.nets.factors import SquareSum
 from curvops.nets.mixing import DependentExamplesError
+from curvops.nets.squares import SquareSum
 from curvops.operators.base import LinearOperator
 from curvops.operators.functionspace import MAX_ROWS
 from curvops.operators.lowrank import LowRank
