@@ -152,7 +152,7 @@ def _convolution(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     """Every convolution: 1 to 3 dimensions, strided, padded, dilated, grouped; its input comes already padded if "same"
     or circular. Positions are those of the output; of the input for a transposed convolution, whose roles are swapped.
     """
-    node = site.node
+    node, shape = site.node, site.operand_shape  # the weight of a Linear serves as a kernel of width 1
     if not place.whole:
         return None
     edge, x = GradientEdge(node, 0), node._saved_input.detach()  # patches, made later, shall not keep the graph
@@ -222,7 +222,7 @@ class _Window:
 
 def _embedding(site: Site, place: Placement, shape: torch.Size) -> Tap | None:
     """Rows of a table; the padding row has gradient zero, as autograd has it."""
-    node = site.node
+    node, shape = site.node, site.operand_shape
     if not place.whole or node._saved_scale_grad_by_freq:
         return None
     index, padding = node._saved_indices, signed(node._saved_padding_idx)

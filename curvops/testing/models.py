@@ -97,6 +97,19 @@ class CausalAttention(nn.Module):
         return self.head(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+class Kernel(nn.Module):
+    """A linear layer whose weight is the kernel of a convolution, too; inputs `(B, C, T)`."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.shared = nn.Linear(width, width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.conv1d(x, self.shared.weight.unsqueeze(-1), self.shared.bias)
+        return self.head(torch.tanh(self.shared(torch.tanh(h.sum(-1)))))
+
+
 class Recurrent(nn.Module):
     """The last state of a recurrent layer, read out linearly."""
 

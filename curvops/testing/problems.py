@@ -28,6 +28,7 @@ from curvops.testing.models import (
     Cell,
     CrossAttention,
     Dictionary,
+    Kernel,
     Keywords,
     LanguageModel,
     PlainBag,
@@ -296,6 +297,7 @@ _LIST = [
     # Structure.
     Problem("residual", lambda: _net(Residual(_net(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, C)), _real(4)),
     Problem("module-twice", lambda: Twice(4, C), _real(4)),
+    Problem("linear-as-kernel", lambda: Kernel(3, C), _real(3, 4)),
     Problem("tied", lambda: Tied(4, 3), _tokens(4), tokens=T, outputs=4),
     Problem("raw-parameters", lambda: Raw(4, 3, C), _real(4)),
     Problem("frozen", _mlp, _real(4), freeze=("0.bias", "2.weight")),

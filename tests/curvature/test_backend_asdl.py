@@ -54,7 +54,8 @@ LAYERS = {
     "transformer-encoder": "MultiheadAttention", "rnn": "RNN", "lstm": "LSTM", "gru": "GRU",
     "rnn-cell": "RNNCell", "lstm-cell": "LSTMCell", "gru-cell": "GRUCell", "convtranspose1d": "ConvTranspose1d",
     "cross-attention": "MultiheadAttention",
-    "module-twice": "runs 2 times", "tied": "row per token", "raw-parameters": "Raw", "keywords": "row per token",
+    "module-twice": "runs 2 times", "linear-as-kernel": "used beside", "tied": "row per token",
+    "raw-parameters": "Raw", "keywords": "row per token",
     "adapter": "Adapter", "language-model": "row per token",
 }  # fmt: skip
 """What is refused, and the word that says why; `full` is then by curvops."""

@@ -333,3 +333,19 @@ def test_experts_that_no_example_of_a_batch_asks(name):
         assert not torch.cat([K.to_dense()[K.layout[n]] for n in K.layout if n.startswith("experts.2")]).any()
         target = torch.block_diag(*(exact[where, where] for where in K.layout.values()))
         assert (E.to_dense() - target).norm() <= (K.to_dense() - target).norm()
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_parameter_seen_as_two_matrices_has_an_exact_block(kind):
+    class TwoViews(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Parameter(torch.zeros(6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.W.view(3, 4))[:, :2] + torch.cat([x, x.sin()], 1) @ self.W
+
+    model, g = drawn(TwoViews()), torch.Generator().manual_seed(5)
+    x, y = torch.randn(5, 3, generator=g, dtype=torch.float64), torch.arange(5) % 2
+    K = kind(model, "classification", (x, y), fallback="full")
+    check(K.to_dense(), reference.ggn(model, NLL, x, y))

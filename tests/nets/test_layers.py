@@ -175,6 +175,14 @@ EXTRA = {
     "left-product": (Model(lambda m, x: torch.tanh(m.W @ x.T).T, W=(2, 3)), (5, 3)),
     "scaled-bias": (Model(lambda m, x: x * m.s + m.b, s=(3,), b=(3,)), (5, 3)),
     "channel-scale": (Model(lambda m, x: (x * m.s + m.b).sum((2, 3)), s=(2, 1, 1), b=(2, 1, 1)), (5, 2, 3, 3)),
+    "table-seen-otherwise": (
+        Model(lambda m, x: torch.tanh(nn.functional.embedding(x, m.W.view(5, 2))).sum(1), W=(2, 5)),
+        3,
+    ),
+    "kernel-seen-otherwise": (
+        Model(lambda m, x: torch.tanh(nn.functional.conv1d(x, m.W.view(4, 1, 3), groups=2)).flatten(1), W=(4, 3)),
+        (5, 2, 4),
+    ),
     "grouped-transpose": (
         nn.Sequential(nn.ConvTranspose1d(4, 6, 3, 2, padding=1, output_padding=1, groups=2, dilation=2), nn.Flatten()),
         (4, 4, 3),

@@ -20,7 +20,7 @@ from torch import Tensor
 from curvops.curvature.matrixfree.cotangents import FisherKind
 from curvops.errors import ShapeError
 from curvops.nets.factorblocks import block
-from curvops.nets.factors import Factors, Lookup, Outer, Shift
+from curvops.nets.factors import Factors, Lookup, Outer, Part, Shift
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
@@ -169,7 +169,17 @@ def has_pairs(factors: Factors) -> bool:
     if len(factors.parts) == 1:
         return True
     # Several kinds meet in a tied weight; they must be matrices of the same two axes.
-    return all(isinstance(part, Lookup) or (isinstance(part, Outer) and part.g.shape[3] == 1) for part in factors.parts)
+    return None not in (axes := {_axes(part) for part in factors.parts}) and len(axes) == 1
+
+
+def _axes(part: Part) -> tuple[int, int] | None:
+    """Rows and columns of the matrix that one kind of use takes a parameter for; None where it is another thing."""
+    if isinstance(part, Lookup):
+        return part.size, part.g.shape[-1]
+    if not isinstance(part, Outer) or part.g.shape[3] > 1:
+        return None
+    outputs, inputs = part.g.shape[-1], part.inputs.shape[-1]
+    return (inputs, outputs) if part.flipped else (outputs, inputs)
 
 
 def combined(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:
