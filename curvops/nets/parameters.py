@@ -206,6 +206,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def paired(tangent: Tensor) -> Tensor:
+    """A part of a vector such that a network may see it as complex numbers, which PyTorch refuses at odd places."""
+    odd = tangent.storage_offset() % 2 or any(stride % 2 for stride in tangent.stride()[:-1])
+    return tangent.clone(memory_format=torch.contiguous_format) if tangent.shape[-1:] == (2,) and odd else tangent
+
+
 def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     """Parameter-shaped tensors → one flat vector, in the mapping's order, each row-major.
 

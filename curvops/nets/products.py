@@ -19,7 +19,7 @@ from curvops.nets.forward import Inputs, Network, tensors_of
 from curvops.nets.graph import Footprint, footprint, graph_bytes
 from curvops.nets.kept import Engine, Kept
 from curvops.nets.kernels import LeanLayers
-from curvops.nets.parameters import ParameterSelection
+from curvops.nets.parameters import ParameterSelection, paired
 from curvops.nets.patches import recording
 
 
@@ -74,10 +74,10 @@ class Linearisation(Kept):
             return self.outputs.new_zeros(shape)
         if v.shape[1] == 1:
             pieces = self.selection.split_row(v[:, 0].contiguous())
-            (result,) = self._column(adjoint, [dummy], [pieces[i] for i in which])
+            (result,) = self._column(adjoint, [dummy], [paired(pieces[i]) for i in which])
             return self.outputs.new_zeros(shape) if result is None else result.unsqueeze(-1)
         rows = self.selection.split_rows(v.T.contiguous())
-        (result,) = self._grad(adjoint, [dummy], [rows[i] for i in which])
+        (result,) = self._grad(adjoint, [dummy], [paired(rows[i]) for i in which])
         return self.outputs.new_zeros(shape) if result is None else result.movedim(0, -1)
 
     def vjp(self, u: Float[Tensor, "*f K"]) -> Float[Tensor, "P K"]:
@@ -220,12 +220,12 @@ class HessianProduct(Kept):
             return torch.zeros_like(v)
         if v.shape[1] > 1 and not self._takes_turns():
             rows = self.selection.split_rows(v.T.contiguous())
-            grads = self._grad(self._grads, self.selection.tensors, [rows[i] for i in self._which])
+            grads = self._grad(self._grads, self.selection.tensors, [paired(rows[i]) for i in self._which])
             return self.selection.join_rows(grads, v.shape[1]).T
 
         def run(v: Tensor, row: Tensor) -> None:
             pieces = self.selection.split_row(v)
-            self._fill(row, self._grads, [pieces[i] for i in self._which])
+            self._fill(row, self._grads, [paired(pieces[i]) for i in self._which])
 
         return self._by_columns(v, "Hessian", run, in_place=False)
 

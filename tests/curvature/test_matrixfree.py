@@ -333,3 +333,27 @@ def test_products_of_a_parameter_that_enters_by_its_sum_can_be_written_to(kind):
     product[0] += 1.0
     assert reference.relative_error(product[1:], M[1:] @ randn(3, 2)) <= 1e-12
     assert reference.relative_error(A.to_dense(), M) <= 1e-12
+
+
+class Spectral(nn.Module):
+    """A filter of Fourier coefficients whose weights are pairs of real numbers; P is odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(randn(3, 2))
+        self.head = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.fft.rfft(x) * torch.view_as_complex(self.w)
+        return self.head(torch.tanh(torch.fft.irfft(z, n=4)))
+
+
+@pytest.mark.parametrize("kind", ["GGN", "Hessian"])
+def test_parameters_seen_as_complex_numbers(kind):
+    # PyTorch sees pairs at even places as complex numbers, and refuses those at odd places of a vector.
+    model, x, y = Spectral(), randn(5, 4, seed=2), torch.arange(5) % 3
+    M = (reference.ggn if kind == "GGN" else reference.hessian)(model, reference.nll("classification"), x, y)
+    A = getattr(co, kind)(model, "classification", (x, y))
+    for columns in (1, 3):
+        V = randn(len(M), columns)
+        assert reference.relative_error(A @ V, M @ V) <= 1e-12
