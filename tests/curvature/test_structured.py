@@ -446,11 +446,12 @@ class TestLazy:
         assert torch.equal(computed.to_dense(), before)
 
 
-def test_unused_parameters_are_reported_once():
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, DiagonalGGN, BlockGGN])
+def test_unused_parameters_are_reported_once(kind):
     p = problem("raw-parameters")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        D = made(DiagonalGGN, p)
+        D = made(kind, p)
         D.to_dense()
         D.to_dense()
     assert [str(w.message) for w in caught] == ["the outputs do not depend on unused; the curvature there is zero"]

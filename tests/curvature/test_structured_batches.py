@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,7 @@ class TestAParameterOfTwoUses:
             with untouched(model):
                 K = kind(model, "classification", batches)
                 check(K.blocks[0].to_dense(), exact[:9, :9].diagonal().diag())
+                assert "per-example rows" in repr(K)
             full = kind(model, "classification", batches, fallback="full")
             check(full.blocks[0].to_dense(), exact[:9, :9])
 
@@ -349,3 +351,30 @@ def test_a_parameter_seen_as_two_matrices_has_an_exact_block(kind):
     x, y = torch.randn(5, 3, generator=g, dtype=torch.float64), torch.arange(5) % 2
     K = kind(model, "classification", (x, y), fallback="full")
     check(K.to_dense(), reference.ggn(model, NLL, x, y))
+
+
+class Skipping(nn.Module):
+    """A layer that examples with negative entries alone go through; other batches do without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = (x[:, :1] < 0).to(x.dtype)
+        return self.head(x + asked * torch.tanh(self.layer(x)) if asked.any() else x)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, DiagonalGGN, BlockGGN])
+def test_what_a_later_batch_uses_is_not_reported_as_unused(kind):
+    model, g = drawn(Skipping()), torch.Generator().manual_seed(6)
+    x, y = torch.randn(6, 3, generator=g, dtype=torch.float64), torch.arange(6) % 2
+    x[:3, 0].abs_()
+    x[3:, 0].abs_().neg_()
+    exact = reference.ggn(model, NLL, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        K = kind(model, "classification", [(x[:3], y[:3]), (x[3:], y[3:])])
+        assert K.diagonal()[:12].any()
+    if kind in (DiagonalGGN, BlockGGN):
+        check(K.diagonal(), exact.diagonal())

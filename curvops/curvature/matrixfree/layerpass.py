@@ -111,6 +111,7 @@ class LayerPass:
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
         self._reported = not report_unused
+        self._unused: set[int] | None = None
 
     def note(self, name: str) -> str | None:
         """What a reader should know of how a parameter was treated; None before a pass, and mostly after it."""
@@ -129,11 +130,13 @@ class LayerPass:
             UnsupportedError: Examples that depend on each other.
         """
         self.objective.refresh()
+        self._unused = None
         self.layers.byte_budget = max(1, min(self.objective.budget() // 4, WORKING_BYTES))
         for batch in self.objective.batches():
             outputs: list[Tensor] = []
             yield from self._chunks(batch, outputs)
             self.objective.observe(batch, torch.cat(outputs))
+        self._report()
 
     def _chunks(self, batch: Batch, outputs: list[Tensor]) -> Iterator[Step]:
         """The batch's steps; every chunk's outputs are appended to `outputs`."""
@@ -147,7 +150,7 @@ class LayerPass:
             capture = self.layers.capture(part.x, len(part.y))
             try:
                 self.objective.check(capture.outputs, part.y)
-                self._report(capture.unused, capture.fallback)
+                self._note(capture.unused, capture.fallback)
                 with torch.no_grad():
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = _active(likelihood, capture.outputs, part.y)
@@ -221,15 +224,20 @@ class LayerPass:
         fits = STACK * examples * self.layers.bytes_per_example <= STACKED_BYTES
         return STACK if self._stacked and fits and STACK * examples <= room else 1
 
-    def _report(self, unused: list[int], fallback: list[int]) -> None:
+    def _note(self, unused: list[int], fallback: list[int]) -> None:
+        """Remember what concerns the whole pass: fallbacks of any of its chunks, what none of them uses."""
         names = self.objective.selection.names
-        self.fallback = tuple(names[i] for i in fallback)
-        if unused and not self._reported:
+        found = {*self.fallback, *(names[i] for i in fallback)}
+        self.fallback = tuple(name for name in names if name in found)
+        self._unused = set(unused) if self._unused is None else self._unused.intersection(unused)
+
+    def _report(self) -> None:
+        names = self.objective.selection.names
+        if self._unused and not self._reported:
             self._reported = True
+            unused = ", ".join(names[i] for i in sorted(self._unused))
             warnings.warn(
-                f"the outputs do not depend on {', '.join(names[i] for i in unused)}; the curvature there is zero",
-                NumericalWarning,
-                stacklevel=2,
+                f"the outputs do not depend on {unused}; the curvature there is zero", NumericalWarning, stacklevel=2
             )
 
 
