@@ -17,6 +17,9 @@ from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift
 PANEL = 64
 """Rows of a panel of a symmetric product."""
 
+WIDE = 1024
+"""Rows of a sum from which on what is read across rows is copied first."""
+
 _Use = tuple[int, object]
 """Whose use of a parameter it is, and its kind."""
 
@@ -72,11 +75,10 @@ def _panels(X: Tensor, d: int) -> list[tuple[int, int]]:
 def _mirror(total: Float[Tensor, "d d"]) -> None:
     """The lower triangle from the upper one, of which all panels are there."""
     d = total.shape[0]
-    for start in range(0, d, 2 * PANEL):
-        middle, stop = start + PANEL, min(start + 2 * PANEL, d)
-        # Copied before it is turned: read across rows that lie a power of two apart, it would leave the caches.
-        total[start:stop, :start] = total[:start, start:stop].contiguous().T
-        total[middle:stop, start:middle] = total[start:middle, middle:stop].T
+    for start in range(PANEL, d, PANEL):
+        strip = total[:start, start : start + PANEL]
+        # Rows far apart share places in the caches: those of large sums are copied before they are turned.
+        total[start : start + PANEL, :start] = (strip.contiguous() if d >= WIDE else strip).T
 
 
 class Moments:
