@@ -20,8 +20,8 @@ GATHERED = 2**19
 """Entries of inputs that are gathered at once, and of their products."""
 
 _GATHER, _PRODUCT = 12.0, 1.7
-"""What gathering an input takes, and a multiplication with one, in multiplications of a product with all inputs: 9 to 13
-and 1.3 to 1.9 from 144 inputs up. With windows of 4, six columns pay."""
+"""What gathering an input takes, and a multiplication with one, in multiplications of a product with all inputs: 9 to
+13 and 1.3 to 1.9 from 144 inputs up. With windows of 4, six columns pay."""
 
 
 @dataclass(frozen=True)
