@@ -1,6 +1,6 @@
 """Products and structured curvatures on an accelerator, this library's and its peers', as multiples of one gradient.
 
-    python -m tests.benchmarks.accelerator [cases] [--device cuda] [--rounds 9]
+    python -m tests.benchmarks.accelerator [cases] [--device cuda] [--rounds 9] [--match "KFAC|diagonal"]
 
 Time is that of the clock until the device has finished; peaks are the allocator's, above what was held before. The
 networks are those of the other benchmarks, where calls weigh more than arithmetic, and wider ones, where they do not.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import time
 import warnings
 from typing import NamedTuple
@@ -49,10 +50,13 @@ def peak(work: Work, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - held
 
 
-def measure(name: str, device: torch.device, rounds: int) -> tuple[float, dict[str, Row], dict[str, str]]:
-    """Seconds of a gradient, the rows, and why others are missing."""
+def measure(
+    name: str, device: torch.device, rounds: int, match: str = ""
+) -> tuple[float, dict[str, Row], dict[str, str]]:
+    """Seconds of a gradient, the rows of the work whose name matches, and why others are missing."""
     made, columns = products.works(NETWORKS[name], str(device))
     made |= structured.works(NETWORKS[name], str(device))
+    made = {key: work for key, work in made.items() if key == "gradient" or re.search(match, key)}
     missing, megabytes = {}, {}
     for key in list(made):
         try:
@@ -77,12 +81,13 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(NETWORKS)}; all by default")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--match", default="", help="regular expression of the work to time")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers' own
     device = torch.device(options.device)
     print(torch.cuda.get_device_name(device), torch.__version__)
     for name in options.cases or NETWORKS:
-        unit, rows, missing = measure(name, device, options.rounds)
+        unit, rows, missing = measure(name, device, options.rounds, options.match)
         print(f"\n| {NETWORKS[name].title}: one gradient {unit * 1e3:.2f} ms | gradients | peak MB |\n|---|---:|---:|")
         for key, row in rows.items():
             print(f"| {key} | {row.gradients:.2f} | {row.megabytes:.1f} |")
