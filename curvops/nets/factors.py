@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 if TYPE_CHECKING:
-    pass
+    from curvops.nets.pooled import Pooled
 
 CHUNK = 2**22
 """Entries of a temporary that holds per-example gradients."""
