@@ -142,9 +142,13 @@ class Objective:
         self._checked = True
 
     def check(self, f: Tensor, y: Tensor) -> None:
-        """Refuse outputs and targets that do not fit the likelihood; values are read until a pass was completed."""
+        """Refuse targets that do not fit the likelihood and the network's outputs, which are finite or were refused by
+        the network itself; values are read until a pass was completed.
+        """
         if self.likelihood is not None:
-            (self.likelihood.check_shapes if self._checked else self.likelihood.check)(f, y)
+            self.likelihood.check_shapes(f, y)
+            if not self._checked:
+                self.likelihood.check_targets(f, y)
 
     def observe(self, batch: Batch, f: Tensor) -> None:
         """Note a batch's outputs and targets, so that a pass which does not repeat the first is found out."""

@@ -166,6 +166,10 @@ class Likelihood(ABC):
         """
         self.check_shapes(f, y)
         require_finite(f, "The network's outputs")
+        self.check_targets(f, y)
+
+    def check_targets(self, f: Shaped[Tensor, "*_"], y: Shaped[Tensor, "*_"]) -> None:
+        """The part of `check` that reads the targets, which have the right shape. O(y)."""
         if y.is_floating_point():
             require_finite(y, "The targets")
         self._check_values(f, y)
