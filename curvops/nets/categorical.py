@@ -174,11 +174,13 @@ class Categorical(Likelihood):
 
     def _scale(self, f: Tensor, y: Tensor) -> Tensor:
         """s: the total target weight of each datum and position, 0 where ignored."""
-        s = self._label_weight(f, self._labels(f, y))
+        weight, active = self._weight(f), self.active(f, y)
+        if weight is None:  # smoothed or not, the targets sum to one
+            return active.to(f.dtype)
+        s = weight[self._labels(f, y)]
         if self.label_smoothing:
-            weight = self._weight(f)
-            s = (1 - self.label_smoothing) * s + self.label_smoothing * (1.0 if weight is None else weight.mean())
-        return s * self.active(f, y)
+            s = (1 - self.label_smoothing) * s + self.label_smoothing * weight.mean()
+        return s * active
 
     # ---- what is refused ----------------------------------------------------------------------------------------
 
