@@ -28,7 +28,10 @@ FEW = 64
 """Inputs below which their products with the outputs are faster with the outputs last."""
 
 SQUARED = 2**18
-"""Entries of products, and of the columns they are made of, whose squares are summed at once."""
+"""Entries of products, and of the columns they are made of, whose squares are summed at once: what caches hold."""
+
+SQUARED_ON_ACCELERATORS = 2**24
+"""The same where calls, rather than caches, are what costs."""
 
 
 class Made:
@@ -99,13 +102,13 @@ class Outer:
             return self.squared_product(sum((g[:, 0].square() for g in columns[1:]), columns[0][:, 0].square()))
         B, T, G, O = columns[0].shape
         I = self.a.shape[-1]
-        few = I < FEW
+        few, most = I < FEW, SQUARED if columns[0].device.type == "cpu" else SQUARED_ON_ACCELERATORS
         total = None
         # So little at a time that products are squared before they leave the caches; and the columns side by side, so
         # that `a` is read once.
-        for some in slices(len(columns), G * O * (T + I), SQUARED):
+        for some in slices(len(columns), G * O * (T + I), most):
             sums = None  # of as many examples, apart, as are multiplied at once
-            for rows in slices(B, len(columns[some]) * G * O * (T + I), SQUARED):
+            for rows in slices(B, len(columns[some]) * G * O * (T + I), most):
                 a = self.a[rows].permute(0, 2, 3, 1).flatten(0, 1)  # (B·G, I, T)
                 g = _side_by_side([g[rows] for g in columns[some]])  # (B·G, T, K·O)
                 products = torch.bmm(a, g) if few else torch.bmm(g.mT, a.mT)

@@ -42,6 +42,9 @@ class SymmetricSum:
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
+        if X.device.type != "cpu":  # where a product per stack costs more than a copy
+            self.add(X.transpose(0, 1).flatten(1).unsqueeze(0))
+            return
         total, kept = self._prepared(X, 1, X.shape[1])
         for start, stop in _panels(X, X.shape[1]):
             total[0, start:stop, start:].addbmm_(X[:, start:stop], X[:, start:].transpose(1, 2), beta=kept)
