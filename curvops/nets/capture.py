@@ -278,7 +278,7 @@ class Capture(LayerGraph):
         """Have parameters of convolutions that are pooled read where their gradients are few."""
         pools: dict[Node, Pool | None] = {}
         for sites, readings in zip(self._sites, self._readings, strict=True):
-            if readings is None or len(readings) != 1:
+            if readings is None or len(readings) != 1 or len(sites) != 1:
                 continue
             (site,), (r,) = sites, readings
             if r.layout == "batch first" and r.tap.rows == len(self.outputs):
@@ -336,7 +336,7 @@ class Capture(LayerGraph):
         assert isinstance(inputs, Made)
         T, G, _ = inputs.shape[1:]
         if key not in self._by_position:
-            _, channels, *kernel = self.selection.tensors[key[0]].shape
+            _, channels, *kernel = self._sites[key[0]][0].operand_shape  # not always the parameter's own
             self._by_position[key] = Made((B, T, G, math.prod(kernel), channels), self.outputs.dtype, make)
         return Pooled(inputs, self._by_position[key], g.unflatten(2, (G, -1)), pool.index.unflatten(1, (G, -1)))
 

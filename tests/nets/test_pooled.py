@@ -27,6 +27,30 @@ def behind(*pooling: nn.Module, **options: object) -> nn.Module:
     return nn.Sequential(convolution, *pooling, nn.Tanh(), nn.Conv2d(6, 2, 2), nn.Flatten())
 
 
+class Seen(nn.Module):
+    """A kernel whose parameter has another shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.kernel, self.head = nn.Parameter(torch.zeros(shape)), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.conv2d(x, self.kernel.view(3, 2, 3, 3), padding=1)
+        return self.head(nn.functional.max_pool2d(h.relu(), 2).flatten(1))
+
+
+class Experts(nn.Module):
+    """One convolution asked twice, the second time by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.pool = nn.Conv2d(2, 3, 3), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        everyone, nobody = self.convolution(x), self.convolution(x[:0]).flatten(1).sum()
+        return self.pool(everyone).flatten(1) + nobody
+
+
 POOLED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ReLU": (lambda: behind(nn.ReLU(), nn.MaxPool2d(2)), (4, 8, 10)),
     "in place": (lambda: behind(nn.ReLU(inplace=True), nn.MaxPool2d(2), bias=False), (4, 8, 8)),
@@ -40,6 +64,9 @@ POOLED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (1, 5, 6, 5),
     ),
     "output": (lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.MaxPool2d(2), nn.Flatten()), (2, 5, 5)),
+    "one vector": (lambda: Seen(54), (2, 4, 4)),
+    "matrix": (lambda: Seen(3, 18), (2, 4, 4)),
+    "other matrix": (lambda: Seen(6, 9), (2, 4, 4)),
 }  # fmt: skip
 
 
@@ -90,6 +117,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "used again": (Shortcut, (2, 8, 8)),
     "used twice": (Twice, (2, 8, 8)),
     "frames": (Frames, (3, 5, 5)),
+    "asked by nobody": (Experts, (2, 8, 8)),
 }  # fmt: skip
 
 
