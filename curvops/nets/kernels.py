@@ -62,11 +62,19 @@ class LeanFunctions(TorchFunctionMode):
     """Runs what has no parameters, and a derivative that is dear, as functions of this library: attention, GELU, SiLU.
 
     For graphs that many cotangents pass over, and whose layers must be PyTorch's own.
+
+    Attributes:
+        hooks: Whether what ran put a hook on a tensor, which may change gradients on their way.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.hooks = self.hooks or func is Tensor.register_hook
         return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 

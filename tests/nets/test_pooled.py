@@ -51,6 +51,22 @@ class Experts(nn.Module):
         return self.pool(everyone).flatten(1) + nobody
 
 
+class Hooked(nn.Module):
+    """A forward that has gradients changed between the convolution and its pooling."""
+
+    def __init__(self, rectified: bool) -> None:
+        super().__init__()
+        self.rectified = rectified
+        self.convolution, self.pool = nn.Conv2d(2, 3, 3), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.convolution(x)
+        r = h.relu()
+        if h.requires_grad:
+            (r if self.rectified else h).register_hook(lambda g: 2 * g)
+        return self.pool(r).flatten(1)
+
+
 POOLED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ReLU": (lambda: behind(nn.ReLU(), nn.MaxPool2d(2)), (4, 8, 10)),
     "in place": (lambda: behind(nn.ReLU(inplace=True), nn.MaxPool2d(2), bias=False), (4, 8, 8)),
@@ -117,6 +133,8 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "used again": (Shortcut, (2, 8, 8)),
     "used twice": (Twice, (2, 8, 8)),
     "frames": (Frames, (3, 5, 5)),
+    "hooked": (lambda: Hooked(False), (2, 8, 8)),
+    "hooked behind the ReLU": (lambda: Hooked(True), (2, 8, 8)),
     "asked by nobody": (Experts, (2, 8, 8)),
 }  # fmt: skip
 
