@@ -269,7 +269,7 @@ class Capture(LayerGraph):
             self._readings.append(readings)
         as_learned = all(plan.layouts[i] is None for i in self.fallback)
         self._check_ownership()
-        if self._layers.pooled and self.plain and not self.hooked:
+        if self._layers.pooled and not (self.hooked or self.tensor_hooks):
             self._guarded(self._read_behind_pools)
         self.head = None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
         return as_learned

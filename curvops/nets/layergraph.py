@@ -67,14 +67,14 @@ class LayerGraph(Kept):
         outputs: f, detached.
         hooked: Whether hooks intercept what the forward saves (checkpoints, offloading): passes may fail half-way, and
             are then made again.
-        plain: Whether the forward is known to have put no hooks on its activations.
+        tensor_hooks: Whether the forward put hooks on its activations, or may have.
     """
 
     def __init__(self, network: Network, selection: ParameterSelection, x: Inputs, *, hooked: bool = False) -> None:
         super().__init__(network, selection, "double_backward")
         with nullcontext() if network.fused else LeanFunctions() as functions:
             self._f, self.hooked = _recorded(network, x, selection.tensors, hooked)
-        self.plain = functions is not None and not functions.hooks
+        self.tensor_hooks = functions is None or functions.hooks
         self.outputs: Tensor = self._f.detach()
         self._users = graph_users(self._f)
         self._sites = find_sites(self._users, selection.tensors)
