@@ -32,6 +32,9 @@ _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
+_UNLIMITED = 2**62
+"""The first kind of cgroup says so by more bytes than this, the second in a word."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -138,11 +141,11 @@ def _cgroup_free() -> int:
     for limit_file, usage_file in _cgroup_limits():
         try:
             limit = _read(limit_file).strip()
-            if limit != b"max":
+            if limit != b"max" and int(limit) < _UNLIMITED:
                 return max(0, int(limit) - int(_read(usage_file)))
         except OSError:  # gone since they were found: no limit is known
             continue
-    return 2**62
+    return _UNLIMITED
 
 
 @functools.cache

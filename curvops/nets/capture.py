@@ -10,6 +10,7 @@ set: what the operations saved is read off the autograd graph, and g is asked fo
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Literal
@@ -167,7 +168,6 @@ class Capture(LayerGraph):
         outputs: f, detached.
         fallback: Positions of the parameters that no rule covers.
         unused: Positions of the parameters that the outputs do not depend on.
-        head: The last layer, where the parameters behind it can be asked for by cotangents of its features.
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
@@ -179,8 +179,12 @@ class Capture(LayerGraph):
         self._values: dict[tuple[int, int], Tensor | Made] = {}
         self._by_position: dict[tuple[int, int], Made] = {}
         self.fallback: list[int] = []
-        self.head: Head | None = None
         self.unused = [i for i, sites in enumerate(self._sites) if not sites]
+
+    @functools.cached_property
+    def head(self) -> Head | None:
+        """The last layer, where the parameters behind it can be asked for by cotangents of its features."""
+        return None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
 
     # ---- what is asked ------------------------------------------------------------------------------------------
 
@@ -208,24 +212,26 @@ class Capture(LayerGraph):
             for i, readings in enumerate(self._readings)
         ]
         edges = [r.edge for readings in wanted for r in readings]
-        rows = U.movedim(-1, 0).flatten(1, -2)
         if head is None:
             grads = self.pulled_to(edges, U, last=last)
-        elif place == "head":
-            grads: AtEdges = {edge_key(head.output): rows}
         else:
-            grads = self._pulled(edges, head.features, rows, last=last)
+            rows = U.movedim(-1, 0).flatten(1, -2)
+            there: AtEdges = {edge_key(head.output): rows}
+            grads = there if place == "head" else self._pulled(edges, head.features, rows, last=last)
 
         pools = {edge_key(r.edge): r.pool for readings in wanted for r in readings if r.pool is not None}
         grads |= {key: pool.gradients(g) for key, pool in pools.items() if (g := grads[key]) is not None}
 
-        @torch.no_grad()
         def read(i: int, readings: list[Reading]) -> Factors | None:
             found = [(j, r, grads[edge_key(r.edge)]) for j, r in enumerate(readings)]
             parts = [self._part((i, j), r, g.detach(), B) for j, r, g in found if g is not None]
             return Factors(self.selection.sizes[i], parts) if parts else None
 
-        result = self._guarded(lambda: [read(i, readings) for i, readings in enumerate(wanted)])
+        @torch.no_grad()
+        def all_read() -> list[Factors | None]:
+            return [read(i, readings) for i, readings in enumerate(wanted)]
+
+        result = self._guarded(all_read)
         self._layers.recomputes = self._recomputes
         if self.fallback:
             for i, rows in zip(self.fallback, self._rows(U), strict=True):
@@ -235,7 +241,8 @@ class Capture(LayerGraph):
     def release(self) -> None:
         """Drop the graph; the outputs stay."""
         super().release()
-        self._readings, self._values, self._by_position, self.head = [], {}, {}, None
+        self._readings, self._values, self._by_position = [], {}, {}
+        self.__dict__.pop("head", None)
 
     # ---- which rows are whose -----------------------------------------------------------------------------------
 
@@ -271,7 +278,6 @@ class Capture(LayerGraph):
         self._check_ownership()
         if self._layers.pooled and not (self.hooked or self.tensor_hooks):
             self._guarded(self._read_behind_pools)
-        self.head = None if self.fallback else self._guarded(lambda: find_head(self._f, self._sites))
         return as_learned
 
     def _read_behind_pools(self) -> None:
@@ -361,6 +367,8 @@ class Capture(LayerGraph):
     @staticmethod
     def _split(t: Tensor, axis: int, layout: Layout, B: int) -> Tensor:
         """The axis of rows as `(B, positions)`."""
+        if t.shape[axis] == B:
+            return t.unsqueeze(axis + 1)
         if layout == "batch last":
             return t.unflatten(axis, (-1, B)).transpose(axis, axis + 1)
         return t.unflatten(axis, (B, -1))

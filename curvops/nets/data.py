@@ -8,6 +8,7 @@ refused, for it can be gone through once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -122,8 +123,9 @@ class DataSource:
             NonDeterministicDataError: Another number of data than in the first complete pass.
         """
         step = _call if self._in_memory else self._private
-        with tqdm(total=self.num_batches, desc=description, leave=False, disable=not progress) as bar:
-            iterator = step(lambda: iter(self._batches))
+        bar = {"total": self.num_batches, "desc": description, "leave": False}
+        with tqdm(self._batches, **bar) if progress else nullcontext(self._batches) as shown:
+            iterator = step(lambda: iter(shown))
             index = position = 0
             while (batch := step(lambda: next(iterator, _END))) is not _END:
                 x, y = split(batch, self._name(index), *self._keys)
@@ -132,7 +134,6 @@ class DataSource:
                         check_values(x, y, self._name(index), self._keys[0])
                     yield Batch(index, position, *move(x, y, device, dtype, self._fresh))
                 index, position = index + 1, position + y.shape[0]
-                bar.update()
         self._finish(index, position)
 
     def _finish(self, batches: int, seen: int) -> None:

@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,13 +91,13 @@ class Network:
         named = list(self.module.named_modules())  # walked over once: for a small network that is half of a forward
         modules = [module for _, module in named]
         _check_modes(named)
-        with ExitStack() as stack:
-            stack.enter_context(self.differentiable())
-            stack.enter_context(without_backward_hooks(modules))
-            if selected is not None:
-                stack.enter_context(tracked_only(modules, selected))
-            stack.enter_context(_buffers_unchanged(named))
-            stack.enter_context(_no_randomness(_device_of(self.module, x)))
+        with (
+            self.differentiable(),
+            without_backward_hooks(modules),
+            nullcontext() if selected is None else tracked_only(modules, selected),
+            _buffers_unchanged(named),
+            _no_randomness(_device_of(self.module, x)),
+        ):
             x = _prepared(x, detach)
             try:
                 output = self.call(x)
@@ -126,11 +126,9 @@ class Network:
             return self.module(**dict(x))
         return self.module(x)
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self) -> AbstractContextManager[None]:
         """Kernels with second derivatives, for this network; see `patches.differentiable`."""
-        with differentiable(recurrent=self.recurrent, plain=self.plain, fused=self.fused):
-            yield
+        return differentiable(recurrent=self.recurrent, plain=self.plain, fused=self.fused)
 
     def by_keyword(self, x: Inputs) -> bool:
         """Whether `x` is a Mapping that goes to the forward as keywords."""

@@ -116,12 +116,15 @@ class PassRecord:
 
         Weights along both dimensions, so that no permutation of data, positions or outputs keeps the sum.
         """
-        t = t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(-1, 1)
         wide = torch.float32 if t.device.type == "mps" else torch.float64
         if t.dtype not in (torch.float32, torch.float64):
             t = t.to(torch.float32 if t.is_floating_point() else wide)
-        a, c = self._weight(0, t), self._weight(1, t)
-        return (torch.stack([t, t.abs()]) @ c @ a).to(wide)
+        if t.dim() > 1:
+            t = t.reshape(-1, t.shape[-1])
+        both = torch.stack([t, t.abs()])
+        for axis in reversed(range(t.dim())):
+            both = both @ self._weight(axis, t)
+        return both.to(wide)
 
     def _weight(self, dim: int, t: Tensor) -> Tensor:
         """Fixed numbers in (½, 1½), one for each row (dim 0) or column (dim 1)."""

@@ -156,21 +156,21 @@ def differentiable(*, recurrent: bool = False, plain: bool = False, fused: bool 
             none of its inputs requires a gradient it drops its parameters from the graph: a curvature of zero.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(recording())
-        if not fused:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:
-            stack.enter_context(_plain_recurrence())
-        if plain:
-            stack.enter_context(PlainKernels())
-        stack.enter_context(_reentrance_refused())
-        # Nothing can be compiled unless dynamo was imported, and importing it takes seconds.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+    # Nothing can be compiled unless dynamo was imported, and importing it takes seconds.
+    compiles = "torch._dynamo" in sys.modules
+    with (
+        recording(),
+        nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
+        _plain_recurrence() if recurrent else nullcontext(),
+        PlainKernels() if plain else nullcontext(),
+        _reentrance_refused(),
+        torch.compiler.set_stance("force_eager") if compiles else nullcontext(),
+    ):
         torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class _Watched(threading.local):

@@ -132,8 +132,8 @@ def _outer(site: Site, X: Tensor, columns_last: Callable[[Tensor], Tensor], *, f
         "outer",
         GradientEdge(site.node, 0),
         X.shape[0],
-        lambda g: columns_last(g)[:, :, None, None],
-        lambda: X[:, None, None],
+        lambda g: columns_last(g).unsqueeze(2).unsqueeze(2),
+        lambda: X.unsqueeze(1).unsqueeze(1),
         flipped=flipped,
     )
 

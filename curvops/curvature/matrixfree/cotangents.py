@@ -139,8 +139,9 @@ class Cotangents:
                 for s in range(self.num_samples)
             ]
             apart = not self.joint and f.dim() == 3 and f.shape[1] > 1
-            S = torch.stack(sampled, -1)
-            return Columns(Given(S if self.num_samples == 1 else S / math.sqrt(self.num_samples)), apart)
+            one = self.num_samples == 1
+            S = sampled[0].unsqueeze(-1) if one else torch.stack(sampled, -1) / math.sqrt(self.num_samples)
+            return Columns(Given(S), apart)
         if self.fisher == "empirical":
             root: Root = Given(likelihood.gradient(f, batch.y).unsqueeze(-1))
             if self.datum == "example":

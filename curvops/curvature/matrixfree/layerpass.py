@@ -135,7 +135,7 @@ class LayerPass:
         for batch in self.objective.batches():
             outputs: list[Tensor] = []
             yield from self._chunks(batch, outputs)
-            self.objective.observe(batch, torch.cat(outputs))
+            self.objective.observe(batch, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         self._report()
 
     def _chunks(self, batch: Batch, outputs: list[Tensor]) -> Iterator[Step]:
@@ -147,7 +147,8 @@ class LayerPass:
         most, start = self._chunk(size, room), 0
         while start < size:
             part = _part(batch, start, min(size, start + most))
-            capture = self.layers.capture(part.x, len(part.y))
+            count = part.y.shape[0]
+            capture = self.layers.capture(part.x, count)
             try:
                 self.objective.check(capture.outputs, part.y)
                 self._note(capture.unused, capture.fallback)
@@ -159,7 +160,7 @@ class LayerPass:
                     continue
                 # How many columns there are is known now: a chunk that proves too large is made smaller, once.
                 fitting = min(self._examples(room, columns.count), size)
-                if fitting < len(part.y) and self._together:
+                if fitting < count and self._together:
                     most = fitting
                     continue
                 self.sketched |= capture.outputs.dim() == 3 and not columns.apart and self.cotangents.fisher == "exact"
@@ -175,8 +176,8 @@ class LayerPass:
                         continue
                     # The head's columns are there already; others are pulled back as many at a time as suits.
                     there = place == "head" and not some.apart and some.signs is None
-                    at_once = some.count if there else self._step(len(part.y), room)
-                    number, hold = -(-some.count // at_once), self._hold(len(part.y), room)
+                    at_once = some.count if there else self._step(count, room)
+                    number, hold = -(-some.count // at_once), self._hold(count, room)
                     for i, U in enumerate(some.chunks(at_once)):
                         last = i == number - 1
                         final = last and place == roots[-1][0]
@@ -186,14 +187,13 @@ class LayerPass:
                         yield Step(factors, active, i == 0, last, capture.outputs, hold=hold)
             finally:
                 capture.release()
-            start += len(part.y)
+            start += count
 
     def _roots(self, capture: Capture, columns: Columns) -> list[tuple[Place, Columns]]:
         """Which columns are pulled back to which parameters."""
-        head, R = capture.head, columns.root.shape[-1]
-        if not self._narrow or head is None or head.weight.shape[0] >= R:
+        R = columns.root.shape[-1]
+        if not self._narrow or R == 1 or (head := capture.head) is None or (d := head.weight.shape[0]) >= R:
             return [("everywhere", columns)]
-        d = head.weight.shape[0]
         behind = sum(p for i, p in enumerate(self.objective.selection.sizes) if i not in head.parameters)
         # A column less saves a product per parameter and row; the roots, in double precision, run far below its speed.
         if (R - d) * behind <= _ROOT * R * d**2:

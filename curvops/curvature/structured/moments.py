@@ -29,25 +29,28 @@ class SymmetricSum:
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
+        self._panels: list[tuple[int, Tensor]] = []
 
     def add(self, X: Float[Tensor, "G d n"]) -> None:
         """n vectors of each group, in any layout. About G·n·d² operations."""
-        G, d, _ = X.shape
-        total, kept = self._prepared(X, G, d)
-        if G > 1:
+        total, kept = self._prepared(X, *X.shape[:2])
+        if X.shape[0] > 1:
             total.baddbmm_(X, X.transpose(1, 2), beta=kept)
             return
-        for start, stop in _panels(X, d):
-            total[0, start:stop, start:].addmm_(X[0, start:stop], X[0, start:].T, beta=kept)
+        rows = X[0]
+        columns = rows.T
+        for start, panel in self._panels:
+            panel.addmm_(rows[start : start + panel.shape[0]], columns[:, start:], beta=kept)
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
         if X.device.type != "cpu":  # where a product per stack costs more than a copy
             self.add(X.transpose(0, 1).flatten(1).unsqueeze(0))
             return
-        total, kept = self._prepared(X, 1, X.shape[1])
-        for start, stop in _panels(X, X.shape[1]):
-            total[0, start:stop, start:].addbmm_(X[:, start:stop], X[:, start:].transpose(1, 2), beta=kept)
+        _, kept = self._prepared(X, 1, X.shape[1])
+        columns = X.transpose(1, 2)
+        for start, panel in self._panels:
+            panel.addbmm_(X[:, start : start + panel.shape[0]], columns[:, :, start:], beta=kept)
 
     def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
         """What was summed elsewhere."""
@@ -57,8 +60,12 @@ class SymmetricSum:
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        if len(self._total) == 1 and len(_panels(self._total, self._total.shape[1])) > 1:
-            _mirror(self._total[0])
+        for start, panel in self._panels[1:]:
+            # The lower triangle from the upper one.
+            stop = start + panel.shape[0]
+            strip = self._total[0, :start, start:stop]
+            # Rows far apart share places in the caches: those of large sums are copied before they are turned.
+            self._total[0, start:stop, :start] = (strip.contiguous() if self._total.shape[1] >= WIDE else strip).T
         return self._total
 
     def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
@@ -66,22 +73,11 @@ class SymmetricSum:
         if self._total is not None:
             return self._total, 1
         self._total = X.new_empty(G, d, d)
+        if G == 1:
+            # One panel of all where halves would save nothing, or calls weigh more than arithmetic.
+            step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
+            self._panels = [(start, self._total[0, start : start + step, start:]) for start in range(0, d, step)]
         return self._total, 0
-
-
-def _panels(X: Tensor, d: int) -> list[tuple[int, int]]:
-    """Rows of the panels; one of all where halves would save nothing, or calls weigh more than arithmetic."""
-    step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
-    return [(start, min(start + step, d)) for start in range(0, d, step)]
-
-
-def _mirror(total: Float[Tensor, "d d"]) -> None:
-    """The lower triangle from the upper one, of which all panels are there."""
-    d = total.shape[0]
-    for start in range(PANEL, d, PANEL):
-        strip = total[:start, start : start + PANEL]
-        # Rows far apart share places in the caches: those of large sums are copied before they are turned.
-        total[start : start + PANEL, :start] = (strip.contiguous() if d >= WIDE else strip).T
 
 
 class Moments:
@@ -202,11 +198,15 @@ class _Weight:
 
     def __init__(self, part: Outer | Lookup | Shift, active: Tensor) -> None:
         B, T = part.g.shape[1], part.positions
-        if active.dim() != 2 or active.shape[1] != T:
-            active = active.reshape(B, -1).any(1, keepdim=True).expand(B, T)
-        self.each = active.to(part.g.dtype)
-        self.positions, self.examples = float(active.sum()), float(active.any(1).sum())
-        self.is_one = self.positions == B * T
+        if active.dim() == 2 and active.shape[1] == T:
+            self.each = active.to(part.g.dtype)
+        else:
+            active = active if active.dim() == 1 else active.any(1)
+            self.each = active.to(part.g.dtype).unsqueeze(1).expand(B, T)
+        count = int(active.count_nonzero())
+        self.is_one = count == active.numel()
+        self.positions = float(count if active.dim() == 2 else count * T)
+        self.examples = float(B if self.is_one else count if active.dim() == 1 else active.any(1).sum())
 
 
 def _add_inputs(total: SymmetricSum, a: Tensor, weight: _Weight, together: bool) -> None:
