@@ -77,6 +77,25 @@ def interleaved(
     return {name: Timing(statistics.median(cpu[name]), statistics.median(wall[name])) for name in works}
 
 
+def beside(work: Work, unit: Work, rounds: int = 3, units: int = 8) -> tuple[Timing, Timing]:
+    """Median times of a long piece of work, and of short ones that ran right before and after it.
+
+    A processor that is slower for a minute is so for both, as rounds of many pieces see to for shorter work.
+    """
+    runs: list[Timing] = []
+    around: list[Timing] = []
+    unit()
+    for _ in range(rounds):
+        around += [once(unit) for _ in range(units // 2)]
+        runs.append(once(work))
+        around += [once(unit) for _ in range(units - units // 2)]
+    return _median(runs), _median(around)
+
+
+def _median(timings: list[Timing]) -> Timing:
+    return Timing(statistics.median(t.cpu for t in timings), statistics.median(t.wall for t in timings))
+
+
 def warmed(operator: LinearOperator, v: Tensor) -> LinearOperator:
     """The operator after as many products as a Krylov method soon has made: graphs are kept, and calls on tape."""
     for _ in range(WARM):
