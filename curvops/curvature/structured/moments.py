@@ -60,12 +60,8 @@ class SymmetricSum:
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        for start, panel in self._panels[1:]:
-            # The lower triangle from the upper one.
-            stop = start + panel.shape[0]
-            strip = self._total[0, :start, start:stop]
-            # Rows far apart share places in the caches: those of large sums are copied before they are turned.
-            self._total[0, start:stop, :start] = (strip.contiguous() if self._total.shape[1] >= WIDE else strip).T
+        if len(self._panels) > 1:
+            _mirror(self._total[0])
         return self._total
 
     def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
@@ -78,6 +74,17 @@ class SymmetricSum:
             step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
             self._panels = [(start, self._total[0, start : start + step, start:]) for start in range(0, d, step)]
         return self._total, 0
+
+
+def _mirror(total: Float[Tensor, "d d"]) -> None:
+    """The lower triangle from the upper one, of which all panels are there: of two at a time, then their corner."""
+    d = total.shape[0]
+    for start in range(0, d, 2 * PANEL):
+        middle, stop = start + PANEL, start + 2 * PANEL
+        for first, last, columns in ((start, stop, slice(start)), (middle, stop, slice(start, middle))):
+            strip = total[columns, first:last]
+            # Rows far apart share places in the caches: those of large sums are copied before they are turned.
+            total[first:last, columns] = (strip.contiguous() if d >= WIDE else strip).T
 
 
 class Moments:
