@@ -123,9 +123,10 @@ class DataSource:
             NonDeterministicDataError: Another number of data than in the first complete pass.
         """
         step = _call if self._in_memory else self._private
-        bar = {"total": self.num_batches, "desc": description, "leave": False}
-        with tqdm(self._batches, **bar) if progress else nullcontext(self._batches) as shown:
-            iterator = step(lambda: iter(shown))
+        whole = self._batches
+        shown = tqdm(whole, description, self.num_batches, leave=False) if progress else nullcontext(whole)
+        with shown as batches:
+            iterator = step(lambda: iter(batches))
             index = position = 0
             while (batch := step(lambda: next(iterator, _END))) is not _END:
                 x, y = split(batch, self._name(index), *self._keys)
