@@ -157,7 +157,10 @@ class Categorical(Likelihood):
         cumulative = p.to(uniform.dtype).cumsum(-1).contiguous()
         # 0 < u·total ≤ total, and the first place that reaches it has p > 0: no class of probability 0 is drawn.
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1:]).contiguous()).squeeze(-1)
-        return _minus_one_hot(p, drawn) * self._scale(f, y).sqrt().unsqueeze(-1)
+        g = _minus_one_hot(p, drawn)
+        # Without weights √s is 1 or 0: whether the target counts.
+        root = self.active(f, y) if self.weight is None else self._scale(f, y).sqrt()
+        return g * root.unsqueeze(-1)
 
     # ---- weights and labels -------------------------------------------------------------------------------------
 

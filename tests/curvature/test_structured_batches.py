@@ -176,6 +176,35 @@ def test_a_small_budget_makes_many_chunks_and_the_same_numbers(monkeypatch):
         check(small, whole)
 
 
+def test_what_is_free_is_asked_for_where_it_matters(monkeypatch):
+    from curvops.curvature import objective
+    from curvops.curvature.matrixfree import layerpass
+
+    asked: list[int] = []
+    monkeypatch.setattr(objective, "default_budget", lambda device: asked.append(1) or 2**26)
+    covered, uncovered = problem("mlp"), Angles()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,))
+    KFAC(covered.model(), covered.loss(), covered.data()).trace()
+    assert not asked
+    KFAC(uncovered, "classification", (x, y)).trace()
+    assert asked  # the rows of what no rule covers come in chunks of it
+    asked.clear()
+    monkeypatch.setattr(layerpass, "CPU_COLUMN_BYTES", 1)
+    KFAC(covered.model(), covered.loss(), covered.data()).trace()
+    assert asked
+
+
+class Angles(nn.Module):
+    """A parameter that no rule of layers covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.angles.cos()
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_columns_in_stacks_of_fewer_examples_give_the_same_numbers(monkeypatch, groups):
     from curvops.curvature.matrixfree import layerpass

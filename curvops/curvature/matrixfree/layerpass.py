@@ -131,7 +131,6 @@ class LayerPass:
         """
         self.objective.refresh()
         self._unused = None
-        self.layers.byte_budget = max(1, min(self.objective.budget() // 4, WORKING_BYTES))
         for batch in self.objective.batches():
             outputs: list[Tensor] = []
             yield from self._chunks(batch, outputs)
@@ -143,7 +142,7 @@ class LayerPass:
         size = batch.y.shape[0]
         self.layers.learn(batch.x, size)
         likelihood = self.objective.likelihood
-        room = max(1, self.layers.byte_budget // max(1, self.layers.bytes_per_example))
+        room = self._room(size)
         most, start = self._chunk(size, room), 0
         while start < size:
             part = _part(batch, start, min(size, start + most))
@@ -152,6 +151,8 @@ class LayerPass:
             try:
                 self.objective.check(capture.outputs, part.y)
                 self._note(capture.unused, capture.fallback)
+                if capture.fallback:
+                    self.layers.byte_budget = self._working_bytes()
                 with torch.no_grad():
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = _active(likelihood, capture.outputs, part.y)
@@ -199,6 +200,19 @@ class LayerPass:
         if (R - d) * behind <= _ROOT * R * d**2:
             return [("everywhere", columns)]
         return [("head", columns), ("body", columns.through(head))]
+
+    def _working_bytes(self) -> int:
+        """What a chunk may take."""
+        return max(1, min(self.objective.budget() // 4, WORKING_BYTES))
+
+    def _room(self, size: int) -> int:
+        """Columns of an example that fit at one time, for a batch of `size`."""
+        each, objective = max(1, self.layers.bytes_per_example), self.objective
+        # On a CPU, where columns are pulled back one by one in any case, what is free matters to large batches alone,
+        # and to ask for it costs as much as a small network's forward.
+        asks = self._together or objective.memory_budget is not None or objective.selection.device.type != "cpu"
+        few = not asks and STACK * size * each <= CPU_COLUMN_BYTES
+        return max(1, (CPU_COLUMN_BYTES if few else self._working_bytes()) // each)
 
     def _chunk(self, size: int, room: int) -> int:
         """Examples in a chunk, as far as is known before their columns."""
