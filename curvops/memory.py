@@ -33,7 +33,7 @@ _CGROUP_LIMITS = (
 )
 
 _UNLIMITED = 2**62
-"""The first kind of cgroup says so by more bytes than this, the second in a word."""
+"""Version 1 of cgroups says so by more bytes than this, version 2 in a word."""
 
 
 @dataclass(frozen=True)

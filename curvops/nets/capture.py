@@ -253,6 +253,7 @@ class Capture(LayerGraph):
             Whether none differed.
         """
         self.fallback, self._readings = [], []
+        self.__dict__.pop("head", None)
         mine = self.signature()
         for i, layouts in enumerate(plan.layouts):
             readings: list[Reading] | None = [] if layouts is not None and len(layouts) == len(mine[i]) else None

@@ -114,7 +114,8 @@ class PassRecord:
     def _checksum(self, t: Tensor) -> Tensor:
         """`(2,)`: aᵀ t c with fixed irregular weights a and c, and the same of |t|, its scale. O(t).
 
-        Weights along both dimensions, so that no permutation of data, positions or outputs keeps the sum.
+        Of labels `(B,)` it is aᵀ t. Weights along every dimension, so that no permutation of data, positions or outputs
+        keeps the sum.
         """
         wide = torch.float32 if t.device.type == "mps" else torch.float64
         if t.dtype not in (torch.float32, torch.float64):

@@ -80,7 +80,7 @@ def interleaved(
 def beside(work: Work, unit: Work, rounds: int = 3, units: int = 8) -> tuple[Timing, Timing]:
     """Median times of a long piece of work, and of short ones that ran right before and after it.
 
-    A processor that is slower for a minute is so for both, as rounds of many pieces see to for shorter work.
+    Where the processor is slower for a minute, it is so for both.
     """
     runs: list[Timing] = []
     around: list[Timing] = []

@@ -186,8 +186,8 @@ def test_what_is_free_is_asked_for_where_it_matters(monkeypatch):
     x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,))
     KFAC(covered.model(), covered.loss(), covered.data()).trace()
     assert not asked
-    KFAC(uncovered, "classification", (x, y)).trace()
-    assert asked  # the rows of what no rule covers come in chunks of it
+    KFAC(uncovered, "classification", [(x, y), (x + 1, y)]).trace()
+    assert asked == [1]  # the rows of what no rule covers come in chunks of it, of one size in a pass
     asked.clear()
     monkeypatch.setattr(layerpass, "CPU_COLUMN_BYTES", 1)
     KFAC(covered.model(), covered.loss(), covered.data()).trace()

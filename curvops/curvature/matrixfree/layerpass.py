@@ -112,6 +112,7 @@ class LayerPass:
         self.sketched = False
         self._reported = not report_unused
         self._unused: set[int] | None = None
+        self._allowed: int | None = None
 
     def note(self, name: str) -> str | None:
         """What a reader should know of how a parameter was treated; None before a pass, and mostly after it."""
@@ -130,7 +131,7 @@ class LayerPass:
             UnsupportedError: Examples that depend on each other.
         """
         self.objective.refresh()
-        self._unused = None
+        self._unused = self._allowed = None
         for batch in self.objective.batches():
             outputs: list[Tensor] = []
             yield from self._chunks(batch, outputs)
@@ -202,14 +203,16 @@ class LayerPass:
         return [("head", columns), ("body", columns.through(head))]
 
     def _working_bytes(self) -> int:
-        """What a chunk may take."""
-        return max(1, min(self.objective.budget() // 4, WORKING_BYTES))
+        """What a chunk may take; asked for once in a pass, whose chunks shall not follow what else is going on."""
+        if self._allowed is None:
+            self._allowed = max(1, min(self.objective.budget() // 4, WORKING_BYTES))
+        return self._allowed
 
     def _room(self, size: int) -> int:
         """Columns of an example that fit at one time, for a batch of `size`."""
         each, objective = max(1, self.layers.bytes_per_example), self.objective
-        # On a CPU, where columns are pulled back one by one in any case, what is free matters to large batches alone,
-        # and to ask for it costs as much as a small network's forward.
+        # On a CPU columns are pulled back as many at a time as suits the caches, so that what is free matters to large
+        # batches alone; and to ask for it takes as long as a small module's forward.
         asks = self._together or objective.memory_budget is not None or objective.selection.device.type != "cpu"
         few = not asks and STACK * size * each <= CPU_COLUMN_BYTES
         return max(1, (CPU_COLUMN_BYTES if few else self._working_bytes()) // each)

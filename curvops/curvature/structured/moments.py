@@ -77,7 +77,10 @@ class SymmetricSum:
 
 
 def _mirror(total: Float[Tensor, "d d"]) -> None:
-    """The lower triangle from the upper one, of which all panels are there: of two at a time, then their corner."""
+    """The lower triangle from the upper one, of which all panels are there.
+
+    Two panels at a time, which reads longer pieces of rows than one by one, and then the square between the two.
+    """
     d = total.shape[0]
     for start in range(0, d, 2 * PANEL):
         middle, stop = start + PANEL, start + 2 * PANEL
