@@ -182,6 +182,11 @@ def _mlp(outputs: int = C, activation: Callable[[], nn.Module] = nn.Tanh) -> nn.
     return _net(nn.Linear(4, 4), activation(), nn.Linear(4, outputs))
 
 
+def _pairs() -> nn.Module:
+    """A layer that sees twice as many positions as there are outputs."""
+    return _net(nn.Linear(2, 3), nn.Tanh(), Apply(lambda h: h.unflatten(1, (T, 2)).flatten(2)), nn.Linear(6, C))
+
+
 def _pooled(*layers: nn.Module, channels: int) -> nn.Module:
     """Layers, then a mean over all places and a linear read-out."""
     return _net(*layers, Apply(lambda h: h.flatten(2).mean(2)), nn.Linear(channels, C))
@@ -316,6 +321,7 @@ _LIST = [
     Problem("dictionary", lambda: Dictionary(3, C), _pair(3)),
     Problem("tokens", _mlp, _real(T, 4), tokens=T),
     Problem("tokens-ignored-weighted", _mlp, _real(T, 4), weighted=True, ignored=True, tokens=T),
+    Problem("tokens-paired-ignored", _pairs, _real(2 * T, 2), ignored=True, tokens=T),
     Problem("tokens-regression", lambda: _mlp(2), _real(T, 4), "regression", tokens=T, outputs=2),
     Problem("tokens-binary", lambda: _mlp(2), _real(T, 4), "binary", tokens=T, outputs=2),
 ]

@@ -63,6 +63,7 @@ LAYERS = {
 FACTORS = {
     **LAYERS, "batchnorm1d": "BatchNorm1d", "batchnorm2d": "BatchNorm2d", "layernorm": "LayerNorm",
     "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored",
+    "tokens-paired-ignored": "ignored",
 }  # fmt: skip
 """The same of `kron`."""
 

@@ -47,7 +47,8 @@ PATH_REFUSED = {
 """Problems where the derivative passes what is no module, or a module that it does not know."""
 
 KRON_REFUSED = {
-    "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored", "batchnorm1d": "BatchNorm1d",
+    "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored",
+    "tokens-paired-ignored": "ignored", "batchnorm1d": "BatchNorm1d",
     "batchnorm2d": "BatchNorm2d", "conv1d": "groups=2", "conv2d-groups": "groups=2",
     "convtranspose1d": "ConvTranspose1d", "convtranspose2d": "ConvTranspose2d", "embedding": "Embedding",
     "embedding-padding": "Embedding",

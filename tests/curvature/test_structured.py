@@ -226,7 +226,15 @@ class TestKFAC:
         "name",
         [
             *("mlp", "mlp-regression", "mlp-binary", "mlp-weighted", "mlp-ignored", "linear", "residual", "gelu"),
-            *("sdpa", "tokens", "tokens-ignored-weighted", "tokens-regression", "tokens-binary", "dictionary"),
+            *(
+                "sdpa",
+                "tokens",
+                "tokens-ignored-weighted",
+                "tokens-paired-ignored",
+                "tokens-regression",
+                "tokens-binary",
+            ),
+            "dictionary",
         ],
     )
     def test_by_its_definition(self, name, approx):

@@ -7,6 +7,8 @@ nearly half of the work, and mirrored at the end.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,8 +19,9 @@ from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift
 PANEL = 64
 """Rows of a panel of a symmetric product."""
 
-WIDE = 1024
-"""Rows of a sum from which on what is read across rows is copied first."""
+CROWDED = 1024
+"""Bytes of which the length of a row is a multiple, where an entry of each of many rows finds no place in the caches:
+what is read across such rows is copied first."""
 
 _Use = tuple[int, object]
 """Whose use of a parameter it is, and its kind."""
@@ -29,7 +32,9 @@ class SymmetricSum:
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
+        # The upper triangle in panels of rows, each turned: (d − start, rows).
         self._panels: list[tuple[int, Tensor]] = []
+        self._step = 0
 
     def add(self, X: Float[Tensor, "G d n"]) -> None:
         """n vectors of each group, in any layout. About G·n·d² operations."""
@@ -38,9 +43,8 @@ class SymmetricSum:
             total.baddbmm_(X, X.transpose(1, 2), beta=kept)
             return
         rows = X[0]
-        columns = rows.T
         for start, panel in self._panels:
-            panel.addmm_(rows[start : start + panel.shape[0]], columns[:, start:], beta=kept)
+            panel.addmm_(rows[start:], rows[start : start + self._step].T, beta=kept)
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
@@ -48,9 +52,8 @@ class SymmetricSum:
             self.add(X.transpose(0, 1).flatten(1).unsqueeze(0))
             return
         _, kept = self._prepared(X, 1, X.shape[1])
-        columns = X.transpose(1, 2)
         for start, panel in self._panels:
-            panel.addbmm_(X[:, start : start + panel.shape[0]], columns[:, :, start:], beta=kept)
+            panel.addbmm_(X[:, start:], X[:, start : start + self._step].mT, beta=kept)
 
     def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
         """What was summed elsewhere."""
@@ -60,8 +63,13 @@ class SymmetricSum:
     def value(self) -> Float[Tensor, "G d d"]:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
-        if len(self._panels) > 1:
-            _mirror(self._total[0])
+        d = self._total.shape[2]
+        crowded = d * self._total.element_size() % CROWDED == 0
+        for start, panel in self._panels[:-1]:
+            stop = start + self._step
+            above = panel[self._step :]
+            below = self._total.as_strided(above.shape, (d, 1), stop * d + start)
+            below.copy_(above.T.contiguous().T if crowded else above)
         return self._total
 
     def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
@@ -69,25 +77,15 @@ class SymmetricSum:
         if self._total is not None:
             return self._total, 1
         self._total = X.new_empty(G, d, d)
+        # One panel of all where halves would save nothing, or calls weigh more than arithmetic.
+        self._step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
         if G == 1:
-            # One panel of all where halves would save nothing, or calls weigh more than arithmetic.
-            step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
-            self._panels = [(start, self._total[0, start : start + step, start:]) for start in range(0, d, step)]
+            # Views by strides, one call each: there are hundreds of them in a pass.
+            self._panels = [
+                (start, self._total.as_strided((d - start, min(self._step, d - start)), (1, d), start * (d + 1)))
+                for start in range(0, d, self._step)
+            ]
         return self._total, 0
-
-
-def _mirror(total: Float[Tensor, "d d"]) -> None:
-    """The lower triangle from the upper one, of which all panels are there.
-
-    Two panels at a time, which reads longer pieces of rows than one by one, and then the square between the two.
-    """
-    d = total.shape[0]
-    for start in range(0, d, 2 * PANEL):
-        middle, stop = start + PANEL, start + 2 * PANEL
-        for first, last, columns in ((start, stop, slice(start)), (middle, stop, slice(start, middle))):
-            strip = total[columns, first:last]
-            # Rows far apart share places in the caches: those of large sums are copied before they are turned.
-            total[first:last, columns] = (strip.contiguous() if d >= WIDE else strip).T
 
 
 class Moments:
@@ -201,22 +199,25 @@ class _Weight:
     """What counts: 1 where a position does. Positions in step with those of the targets follow them one by one.
 
     Attributes:
-        each: `(B, T)`.
+        is_one: Whether every position does.
         positions: How many count.
         examples: Of how many examples.
     """
 
     def __init__(self, part: Outer | Lookup | Shift, active: Tensor) -> None:
-        B, T = part.g.shape[1], part.positions
-        if active.dim() == 2 and active.shape[1] == T:
-            self.each = active.to(part.g.dtype)
-        else:
-            active = active if active.dim() == 1 else active.any(1)
-            self.each = active.to(part.g.dtype).unsqueeze(1).expand(B, T)
-        count = int(active.count_nonzero())
-        self.is_one = count == active.numel()
+        B, T = self._shape = part.g.shape[1], part.positions
+        active = active.any(1) if active.dim() == 2 and active.shape[1] != T else active
+        self._active, self._dtype = active, part.g.dtype
+        self.is_one = bool(active.all())
+        count = active.numel() if self.is_one else int(active.count_nonzero())
         self.positions = float(count if active.dim() == 2 else count * T)
         self.examples = float(B if self.is_one else count if active.dim() == 1 else active.any(1).sum())
+
+    @functools.cached_property
+    def each(self) -> Float[Tensor, "B T"]:
+        """Of every position."""
+        each = self._active.to(self._dtype)
+        return each if each.dim() == 2 else each.unsqueeze(1).expand(self._shape)
 
 
 def _add_inputs(total: SymmetricSum, a: Tensor, weight: _Weight, together: bool) -> None:
