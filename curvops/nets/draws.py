@@ -21,6 +21,9 @@ _WORD = (1 << 64) - 1
 
 _Words = NDArray[np.uint64]
 
+_SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
+_FACTORS = np.uint64(_FIRST), np.uint64(_SECOND)
+
 
 def uniforms(
     seed: int,
@@ -73,11 +76,11 @@ def gaussians(
 
 def _mix(z: _Words) -> _Words:
     """splitmix64's finaliser in place; products of arrays of words wrap modulo 2⁶⁴ as wanted."""
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(_FIRST)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(_SECOND)
-    z ^= z >> np.uint64(31)
+    z ^= z >> _SHIFTS[0]
+    z *= _FACTORS[0]
+    z ^= z >> _SHIFTS[1]
+    z *= _FACTORS[1]
+    z ^= z >> _SHIFTS[2]
     return z
 
 
