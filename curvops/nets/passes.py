@@ -18,7 +18,8 @@ from curvops.nets import draws
 T = TypeVar("T")
 
 _KEPT = 2**16
-"""Weights of a checksum up to which they are kept for the next one."""
+"""Weights of a checksum up to which they are kept for the next one; entries of a batch up to which the latest one's
+checksum waits until there is something to compare it with."""
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative change of a batch's checksum that rounding explains (other kernels for other chunks), by outputs' dtype."""
@@ -35,8 +36,15 @@ class _Trace:
     """What one batch left behind in one pass."""
 
     shape: tuple[int, ...]
-    checksum: Tensor
     tolerance: float
+    held: Tensor | list[Tensor]
+
+    def checksum(self) -> Tensor:
+        """`(1 or 2, 2)`, of outputs and targets; these are kept no longer."""
+        held = self.held
+        if isinstance(held, list):
+            held = self.held = torch.stack([_checksum(t) for t in held])
+        return held
 
 
 class PassRecord:
@@ -51,6 +59,7 @@ class PassRecord:
         self._first: dict[int, _Trace] = {}
         self._count: int | None = None
         self._now: dict[int, _Trace] = {}
+        self._latest: _Trace | None = None
 
     @property
     def batches(self) -> int | None:
@@ -75,9 +84,16 @@ class PassRecord:
         """
         if self._now and index <= max(self._now):
             self._now = {}
-        parts = [self._checksum(f.detach())] + ([] if y is None else [self._checksum(y.detach())])
-        trace = _Trace(tuple(f.shape), torch.stack(parts), TOLERANCES.get(f.dtype, 1e-5))
-        self._now[index] = trace
+        if self._latest is not None:
+            self._latest.checksum()
+        tensors = [f.detach()] + ([] if y is None else [y.detach()])
+        trace = _Trace(tuple(f.shape), TOLERANCES.get(f.dtype, 1e-5), tensors)
+        # A single pass over a single batch compares nothing; whose tensors these are may write to them meanwhile.
+        if sum(t.numel() for t in tensors) <= _KEPT:
+            trace.held = [t.clone() for t in tensors]
+        else:
+            trace.checksum()
+        self._now[index] = self._latest = trace
         before = self._first.setdefault(index, trace) if self._count is None else self._first.get(index)
         if before is None:
             _differs(f"Batch {index} appeared, which the first pass over the data did not have.")
@@ -98,7 +114,7 @@ class PassRecord:
         repeated = [i for i in now if now[i] is not self._first[i]]
         if not repeated:
             return
-        pairs = [(self._first[i].checksum, now[i].checksum) for i in repeated]
+        pairs = [(self._first[i].checksum(), now[i].checksum()) for i in repeated]
         if any(a.shape != b.shape for a, b in pairs):
             raise ValueError("PassRecord.observe was given targets in one pass and none in another.")
         before, after = (torch.stack(side) for side in zip(*pairs, strict=True))
@@ -111,26 +127,28 @@ class PassRecord:
             if in_y and not in_y[0] <= TOLERANCES[torch.float64]:
                 _differs(f"The targets of batch {i} differ from those of the first pass.")
 
-    def _checksum(self, t: Tensor) -> Tensor:
-        """`(2,)`: aᵀ t c with fixed irregular weights a and c, and the same of |t|, its scale. O(t).
 
-        Of labels `(B,)` it is aᵀ t. Weights along every dimension, so that no permutation of data, positions or outputs
-        keeps the sum.
-        """
-        wide = torch.float32 if t.device.type == "mps" else torch.float64
-        if t.dtype not in (torch.float32, torch.float64):
-            t = t.to(torch.float32 if t.is_floating_point() else wide)
-        if t.dim() > 1:
-            t = t.reshape(-1, t.shape[-1])
-        both = torch.stack([t, t.abs()])
-        for axis in reversed(range(t.dim())):
-            both = both @ self._weight(axis, t)
-        return both.to(wide)
+def _checksum(t: Tensor) -> Tensor:
+    """`(2,)`: aᵀ t c with fixed irregular weights a and c, and the same of |t|, its scale. O(t).
 
-    def _weight(self, dim: int, t: Tensor) -> Tensor:
-        """Fixed numbers in (½, 1½), one for each row (dim 0) or column (dim 1)."""
-        make = _irregular if t.shape[dim] <= _KEPT else _irregular.__wrapped__
-        return make(dim, t.shape[dim], t.dtype, t.device)
+    Of labels `(B,)` it is aᵀ t. Weights along every dimension, so that no permutation of data, positions or outputs
+    keeps the sum.
+    """
+    wide = torch.float32 if t.device.type == "mps" else torch.float64
+    if t.dtype not in (torch.float32, torch.float64):
+        t = t.to(torch.float32 if t.is_floating_point() else wide)
+    if t.dim() > 1:
+        t = t.reshape(-1, t.shape[-1])
+    both = torch.stack([t, t.abs()])
+    for axis in reversed(range(t.dim())):
+        both = both @ _weight(axis, t)
+    return both.to(wide)
+
+
+def _weight(dim: int, t: Tensor) -> Tensor:
+    """Fixed numbers in (½, 1½), one for each row (dim 0) or column (dim 1)."""
+    make = _irregular if t.shape[dim] <= _KEPT else _irregular.__wrapped__
+    return make(dim, t.shape[dim], t.dtype, t.device)
 
 
 @functools.lru_cache(maxsize=32)
