@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
@@ -89,7 +90,7 @@ class Objective:
         self.watch = Watch(self.model, self.source.tensors())
         self.memory_budget, self.progress = memory_budget, progress
         self._checked = False
-        self._generation = 0
+        self.generation = 0
 
     def needed_likelihood(self) -> Likelihood:
         """The likelihood.
@@ -109,7 +110,7 @@ class Objective:
         """N, or None until a pass has counted it."""
         return self.source.num_data
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout | None:
         """Where each parameter lies in a vector; None for a selection by flat indices."""
         if self.selection.indices is not None:
@@ -131,8 +132,8 @@ class Objective:
             StaleOperatorError: Parameters, buffers, in-memory data or modes have changed.
         """
         if self.watch.check():  # written in place with equal content: autograd refuses graphs of before
-            self._generation += 1
-        return self._generation
+            self.generation += 1
+        return self.generation
 
     def batches(self) -> Iterator[Batch]:
         """One pass over the data, on the parameters' device; `check` and `observe` each batch, in order."""

@@ -94,7 +94,7 @@ class DataOperator(LinearOperator):
         self._all_kept = False
         self._sizes: dict[int, Footprint] = {}
         self._steps: dict[tuple[int, int], int] = {}
-        self._generation = objective.refresh()
+        self._generation = objective.generation
 
     @property
     def keeps(self) -> bool:

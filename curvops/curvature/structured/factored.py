@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from curvops.curvature.structured.units import ApartError, Unit, WeightAndBias, 
 from curvops.errors import UnsupportedError, UnsupportedLayerError
 from curvops.nets.factors import Direct, Factors
 from curvops.nets.parameters import ParameterSelection
-from curvops.operators.base import Layout, LinearOperator
+from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.deferred import Deferred
 
@@ -122,11 +123,7 @@ class Factored(BlockDiagonal):
         refuse_indices(type(self).__name__, objective.selection)
         objective.needed_likelihood()
         sums = Sums(objective, cotangents, choice)
-        guesses = [
-            self._guess(guess) for guess in expected(objective.model, objective.selection, sums.units, choice.fallback)
-        ]
-        watch = cotangents.operator(objective)
-        self._fill(self._from(sums), sums.units, guesses, objective.selection, watch, objective.layout)
+        self._fill(self._from(sums), sums)
 
     def _from(self, sums: Sums) -> Source:
         """Where the blocks come from, given the pass that sums the factors."""
@@ -136,21 +133,25 @@ class Factored(BlockDiagonal):
         """What a block will be, given what KFAC's will be."""
         return guess
 
-    def _fill(
-        self,
-        source: Source,
-        units: list[Unit],
-        guesses: list[Expected],
-        selection: ParameterSelection,
-        watch: LinearOperator | None,
-        layout: Layout | None,
-    ) -> None:
-        self.source, self._units, self._guesses, self._selection = source, units, guesses, selection
-        blocks = [
-            _Block(source, number, unit, guess, selection, watch)
-            for number, (unit, guess) in enumerate(zip(units, guesses, strict=True))
-        ]
-        BlockDiagonal.__init__(self, *blocks, layout=layout)
+    def _fill(self, source: Source, sums: Sums, *, watched: bool = True) -> None:
+        """Blocks of `source`, for the units that `sums` are of; `watched` until computed, if the network matters."""
+        self.source, self._sums, self._is_watched = source, sums, watched
+        self.sizes = [unit.size for unit in sums.units]
+        selection = sums.objective.selection
+        LinearOperator.__init__(
+            self, (selection.size, selection.size), selection.dtype, selection.device, layout=sums.objective.layout
+        )
+
+    @functools.cached_property
+    def blocks(self) -> tuple[LinearOperator, ...]:
+        """One for each unit. What a block will be is worked out when it is first asked for."""
+        sums, objective = self._sums, self._sums.objective
+        guesses = expected(objective.model, objective.selection, sums.units, sums.choice.fallback)
+        watch = sums.cotangents.operator(objective) if self._is_watched else None
+        return tuple(
+            _Block(self.source, number, unit, self._guess(guess), objective.selection, watch)
+            for number, (unit, guess) in enumerate(zip(sums.units, guesses, strict=True))
+        )
 
     def release(self) -> None:
         super().release()

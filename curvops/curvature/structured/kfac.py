@@ -45,7 +45,7 @@ class KFAC(Factored):
         Raises:
             ShapeError: Other parameters, or other options.
         """
-        if not isinstance(other, KFAC) or other._selection.names != self._selection.names or other.sizes != self.sizes:
+        if not isinstance(other, KFAC) or _names(other) != _names(self) or other.sizes != self.sizes:
             raise ShapeError(
                 f"merge: expected a KFAC of the same parameters and the same blocks as {self!r}, got {other!r}."
             )
@@ -65,8 +65,12 @@ class KFAC(Factored):
 
     def _over(self, source: _Statistical) -> KFAC:
         result = KFAC.__new__(KFAC)
-        result._fill(source, self._units, self._guesses, self._selection, None, self._layout)
+        result._fill(source, self._sums, watched=False)
         return result
+
+
+def _names(curvature: KFAC) -> tuple[str, ...]:
+    return curvature._sums.objective.selection.names
 
 
 class _Statistical(Source, Protocol):
