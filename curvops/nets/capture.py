@@ -133,7 +133,7 @@ class Layers:
         layouts = layouts_by_shapes(few, batch, self.needs)
         if layouts is None:
             return self._learned(x, size)
-        return Plan(layouts, few.signature(), self._bytes_per_example, True)
+        return Plan(layouts, batch.signature(), self._bytes_per_example, True)
 
     def _learned(self, x: Inputs, size: int) -> Plan:
         count = min(size, WITNESSES)
@@ -167,7 +167,6 @@ class Capture(LayerGraph):
     Attributes:
         outputs: f, detached.
         fallback: Positions of the parameters that no rule covers.
-        unused: Positions of the parameters that the outputs do not depend on.
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
@@ -179,7 +178,11 @@ class Capture(LayerGraph):
         self._values: dict[tuple[int, int], Tensor | Made] = {}
         self._by_position: dict[tuple[int, int], Made] = {}
         self.fallback: list[int] = []
-        self.unused = [i for i, sites in enumerate(self._sites) if not sites]
+
+    @property
+    def unused(self) -> list[int]:
+        """Positions of the parameters that the outputs do not depend on."""
+        return [i for i, sites in enumerate(self._sites) if not sites]
 
     @functools.cached_property
     def head(self) -> Head | None:

@@ -77,8 +77,14 @@ class LayerGraph(Kept):
         self.tensor_hooks = functions is None or functions.hooks
         self.outputs: Tensor = self._f.detach()
         self._users = graph_users(self._f)
-        self._sites = find_sites(self._users, selection.tensors)
-        self._taps = self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
+
+    @functools.cached_property
+    def _sites(self) -> list[list[Site]]:
+        return find_sites(self._users, self.selection.tensors)
+
+    @functools.cached_property
+    def _taps(self) -> list[list[Tap | None]]:
+        return self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
 
     @property
     def nodes(self) -> list[Node]:

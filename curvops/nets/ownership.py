@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, edge_key
-from curvops.nets.layers import shape_at
+from curvops.nets.layers import Node, Site, shape_at
 from curvops.nets.rules import Tap, signed
 
 Needs = Literal["terms", "examples", "all"]
@@ -48,8 +48,14 @@ def layouts_by_shapes(few: LayerGraph, whole: LayerGraph, needs: Needs) -> list[
     Returns:
         As `layouts_by_pass`; None where shapes leave open what is needed.
     """
-    if needs == "all" or len(few.outputs) == len(whole.outputs) or whole.moves_by_index or not _are_apart(few, whole):
+    if needs == "all" or len(few.outputs) == len(whole.outputs) or whole.moves_by_index:
         return None
+    axes = _examples_axes(few, whole)
+    if axes is None:
+        return None
+    first: Layout = "batch first"
+    if all(_is_plain(pairs, axes, len(whole.outputs)) for pairs in whole.taps()):
+        return [[first for _ in pairs] for pairs in whole.taps()]
     found: list[list[Layout] | None] = []
     for mine, theirs in zip(few.taps(), whole.taps(), strict=True):
         several = len(mine) > 1
@@ -76,37 +82,48 @@ def layouts_by_shapes(few: LayerGraph, whole: LayerGraph, needs: Needs) -> list[
     return found
 
 
-def _are_apart(few: LayerGraph, whole: LayerGraph) -> bool:
-    """Whether every operation keeps the examples' axis, and none that is told an axis is told that one."""
+def _examples_axes(few: LayerGraph, whole: LayerGraph) -> dict[Node, tuple[int, int]] | None:
+    """Operation of the whole batch → the axis of the examples in its result, and of how many axes.
+
+    None unless every operation keeps that axis, and none that is told an axis is told that one.
+    """
     b, B = len(few.outputs), len(whole.outputs)
     nodes, others = few.nodes, whole.nodes
     if len(nodes) != len(others):
-        return False
-    along: dict[Any, tuple[int, int]] = {}  # node → the axis of the examples in its result, of how many
+        return None
+    along: dict[Node, tuple[int, int]] = {}
     for node, other in zip(nodes, others, strict=True):
         s, S = node._input_metadata[0].shape, other._input_metadata[0].shape
         if type(node) is not type(other) or len(s) != len(S):
-            return False
+            return None
         if s == S:
             continue
         axis, *more = (i for i, (n, N) in enumerate(zip(s, S, strict=True)) if n != N)
         if more or s[axis] * B != S[axis] * b:
-            return False
-        along[node] = axis, len(s)
-    for node in nodes:
+            return None
+        along[other] = axis, len(s)
+    for node in others:
         entering = [along[parent] for parent, _ in node.next_functions if parent in along]
         if not entering:
             continue
         if node not in along:
-            return False
+            return None
         name = _axis_argument(type(node))
         if name is None:
             continue
         value = getattr(node, name)
         told = [signed(axis) for axis in (value if isinstance(value, tuple | list) else [value])]
         if any(axis in (told_axis, told_axis + dim) for axis, dim in entering for told_axis in told):
-            return False
-    return True
+            return None
+    return along
+
+
+def _is_plain(pairs: Sequence[tuple[Site, Tap | None]], axes: dict[Node, tuple[int, int]], B: int) -> bool:
+    """Whether a parameter is used once at most, where the first axis is that of the examples, one row for each."""
+    if len(pairs) != 1:
+        return not pairs
+    t = pairs[0][1]
+    return t is not None and t.rows == B and t.edge.output_nr == 0 and axes.get(t.edge.node, (1, 0))[0] == 0
 
 
 @functools.lru_cache(maxsize=256)
