@@ -90,13 +90,14 @@ class Network:
         """
         named = list(self.module.named_modules())  # walked over once: for a small network that is half of a forward
         modules = [module for _, module in named]
+        parameter = _first_parameter(modules)
         _check_modes(named)
         with (
             self.differentiable(),
             without_backward_hooks(modules),
             nullcontext() if selected is None else tracked_only(modules, selected),
             _buffers_unchanged(named),
-            _no_randomness(_device_of(self.module, x)),
+            _no_randomness(_device_of(parameter, x)),
         ):
             x = _prepared(x, detach)
             try:
@@ -105,7 +106,7 @@ class Network:
                 raise
             except RuntimeError as error:
                 raise _explained_forward(error, self.module, x) from error
-            f = self._normalised(output, x)
+            f = self._normalised(output, x, parameter)
         tracked = self.module.parameters() if selected is None else selected
         if not f.requires_grad and any(p.requires_grad for p in tracked):
             warnings.warn(
@@ -163,7 +164,7 @@ class Network:
             )
         return logits
 
-    def _normalised(self, output: Any, x: Inputs) -> Tensor:
+    def _normalised(self, output: Any, x: Inputs, parameter: Tensor | None) -> Tensor:
         output = self.output_tensor(output)
         if output.ndim not in (2, 3):
             advice = "return f.unsqueeze(-1)" if output.ndim == 1 else "flatten the positions: f.flatten(1, -2)"
@@ -180,7 +181,6 @@ class Network:
                 f"the forward returned dtype {output.dtype}; curvature needs float32 or float64 outputs "
                 "(is there an autocast inside the model?)"
             )
-        parameter = next(self.module.parameters(), None)
         if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
             output = output.to(parameter.dtype)
         # A finite sum proves every entry finite at a tenth of the cost; an infinite one may be an overflow.
@@ -254,12 +254,18 @@ def _forward_arguments(module: nn.Module) -> tuple[frozenset[str], bool]:
     return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _device_of(module: nn.Module, x: Inputs) -> torch.device:
-    parameter = next(module.parameters(), None)
+def _first_parameter(modules: Iterable[nn.Module]) -> Tensor | None:
+    return next((p for m in modules for p in m._parameters.values() if p is not None), None)
+
+
+def _device_of(parameter: Tensor | None, x: Inputs) -> torch.device:
     if parameter is not None:
         return parameter.device
     tensors = tensors_of(x)
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+_RANDOM_POOLS = nn.FractionalMaxPool2d, nn.FractionalMaxPool3d
 
 
 def _check_modes(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -277,7 +283,7 @@ def _check_modes(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def _mode_complaint(module: nn.Module) -> tuple[type[CurvopsError], str] | None:
-    if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+    if isinstance(module, _RANDOM_POOLS):
         return UnsupportedError, "pools over random regions at every forward; use MaxPool or AvgPool"
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if module.running_mean is None and not module.training:
