@@ -294,6 +294,8 @@ class Factors:
 
 
 def _joined(parts: list[Part]) -> list[Part]:
+    if len(parts) == 1:
+        return parts
     groups: dict[object, list[Part]] = {}
     for part in parts:
         if isinstance(part, Outer):

@@ -192,7 +192,7 @@ def _identity(t: Tensor | Made) -> object:
     """What tells a tensor from the others that are alive."""
     if isinstance(t, Made):
         return id(t)
-    return t.data_ptr(), t.shape, tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+    return t.data_ptr(), t.shape, t.squeeze().stride()  # axes of one entry have any stride
 
 
 class _Weight:
