@@ -23,7 +23,14 @@ from curvops.curvature.structured import (
     DiagonalGGN,
     DiagonalHessian,
 )
-from curvops.errors import DataError, NumericalWarning, ShapeError, UnsupportedError, UnsupportedLayerError
+from curvops.errors import (
+    DataError,
+    NumericalWarning,
+    ShapeError,
+    StaleOperatorError,
+    UnsupportedError,
+    UnsupportedLayerError,
+)
 from curvops.operators.methods import XDiag
 from curvops.testing.problems import Problem, problem, problems
 
@@ -441,7 +448,6 @@ class TestLazy:
                 check(low.double(), made(kind, p).to_dense(), 1e-5)
 
     def test_parameters_changed_since(self):
-        from curvops.errors import StaleOperatorError
 
         p = problem("mlp")
         model = p.model()
@@ -482,3 +488,14 @@ def test_unknown_options_are_named(options):
 def test_the_ggn_is_watched():
     p = problem("mlp")
     assert isinstance(made(KFAC, p).blocks[0].watch, GGN)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_module_taken_out_before_anything_was_asked_for(kind):
+    p = problem("mlp")
+    model = p.model()
+    operator = kind(model, p.loss(), p.data())
+    del model[0]
+    assert "not computed" in repr(operator)
+    with pytest.raises(StaleOperatorError, match="submodules"):
+        operator.diagonal()

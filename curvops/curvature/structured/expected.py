@@ -44,7 +44,7 @@ def expected(model: nn.Module, selection: ParameterSelection, units: list[Unit],
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     for unit in units:
         i = unit.positions[0]
-        owner = modules[selection.names[i].rpartition(".")[0]]
+        owner = modules.get(selection.names[i].rpartition(".")[0])  # none if it was taken out of the model since
         shape = selection.shapes[i]
         if unit.is_joint:
             shape = torch.Size((shape[0], shape[1:].numel() + 1))
@@ -55,7 +55,7 @@ def expected(model: nn.Module, selection: ParameterSelection, units: list[Unit],
     return guesses
 
 
-def _expected(owner: nn.Module, shape: torch.Size, fallback: Fallback) -> tuple[type[LinearOperator], str]:
+def _expected(owner: nn.Module | None, shape: torch.Size, fallback: Fallback) -> tuple[type[LinearOperator], str]:
     exact = Dense if fallback == "full" else Diagonal, times_text([shape.numel()])
     if isinstance(owner, _NORMS):
         return exact
