@@ -24,6 +24,9 @@ _ADVICE = "build the operator again, or build it with snapshot=True to work on a
 _SMALL = 4096
 """Tensors up to this many entries are copied rather than summed."""
 
+_COPIED = 2**18
+"""Entries up to which all of them are copied, until there is something to compare with."""
+
 _STRIDES = (1024, 1021)
 """Two coprime strides: a change or a permutation that keeps every sum at both is no accident."""
 
@@ -145,21 +148,26 @@ class Content:
     all entries with the same position modulo 1024 and modulo 1021: any single change shows, and so does a permutation.
 
     Cost: one read of every tensor, to build and to compare; two calls for each large one and two for all together.
+    Where all of them have few entries, they are copied first, a third of the work, and summed when they are compared.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self._lock = threading.Lock()
-        self._views = [_Bits(t) for t in tensors]
-        self._sizes = [bits.size for bits in self._views]
+        self._copies: list[Tensor] | None = None
         self._resized: list[int] = []
-        self._arrange()
         with torch.no_grad():
-            self._kept = [digest.read().clone() for digest in self._digests]
+            if sum(t.numel() for t in tensors) <= _COPIED:
+                self._copies = [t.detach().clone() for t in tensors]
+            else:
+                self._keep(tensors)
 
     def changed(self) -> list[int]:
         """Positions of the tensors that no longer hold what they held."""
         with self._lock, torch.no_grad():
+            if self._copies is not None:
+                self._keep(self._copies)
+                self._copies = None  # where the tensors themselves lie is found out below
             moved = [i for i, t in enumerate(self._tensors) if self._views[i].key != _key(t)]
             if moved:
                 for i in moved:
@@ -175,6 +183,13 @@ class Content:
                 return []
             pairs = zip(self._kept, self._digests, strict=True)
             return sorted({i for kept, digest in pairs for i in digest.differing(kept)})
+
+    def _keep(self, tensors: Sequence[Tensor]) -> None:
+        """Remember what these hold."""
+        self._views = [_Bits(t) for t in tensors]
+        self._sizes = [bits.size for bits in self._views]
+        self._arrange()
+        self._kept = [digest.read().clone() for digest in self._digests]
 
     def _arrange(self) -> None:
         """All pieces by type and device."""

@@ -198,9 +198,21 @@ class TestContent:
         beside -= 1
         assert content.changed() == content.changed() == []
 
-    def test_memory_is_bounded(self):
-        content = Content([torch.zeros(1000, 1000)])
+    @pytest.mark.parametrize("side", [500, 1000])
+    def test_memory_is_bounded(self, side):
+        content = Content([torch.zeros(side, side)])
+        assert content.changed() == []
+        assert content._copies is None
         assert sum(kept.numel() for kept in content._kept) < 2 * (1024 + 1021)
+
+    @pytest.mark.parametrize("side", [500, 1000])
+    def test_a_change_before_the_first_comparison(self, side):
+        t, beside = torch.zeros(side, side), torch.zeros(3)
+        content = Content([beside, t])
+        t.view(-1)[-1] = 1
+        assert content.changed() == [1]
+        t.data = torch.zeros(side, side)
+        assert content.changed() == []
 
 
 class TestSnapshot:
