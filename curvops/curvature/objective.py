@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
@@ -110,7 +109,7 @@ class Objective:
         """N, or None until a pass has counted it."""
         return self.source.num_data
 
-    @functools.cached_property
+    @property
     def layout(self) -> Layout | None:
         """Where each parameter lies in a vector; None for a selection by flat indices."""
         if self.selection.indices is not None:

@@ -119,11 +119,16 @@ def _examples_axes(few: LayerGraph, whole: LayerGraph) -> dict[Node, tuple[int, 
 
 
 def _is_plain(pairs: Sequence[tuple[Site, Tap | None]], axes: dict[Node, tuple[int, int]], B: int) -> bool:
-    """Whether a parameter is used once at most, where the first axis is that of the examples, one row for each."""
+    """Whether a parameter is used once at most, where the first axis is that of the examples, one row for each.
+
+    Then there are no two places to keep apart, and no more to be seen in the rows of fewer examples.
+    """
     if len(pairs) != 1:
         return not pairs
     t = pairs[0][1]
-    return t is not None and t.rows == B and t.edge.output_nr == 0 and axes.get(t.edge.node, (1, 0))[0] == 0
+    if t is None or t.rows != B or t.edge.output_nr != 0 or t.edge.node not in axes:
+        return False
+    return axes[t.edge.node][0] == 0
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,8 +20,11 @@ PANEL = 64
 """Rows of a panel of a symmetric product."""
 
 CROWDED = 1024
-"""Bytes of which the length of a row is a multiple, where an entry of each of many rows finds no place in the caches:
+"""Where the length of a row in bytes is near a multiple of this, entries of many rows share few places in the caches:
 what is read across such rows is copied first."""
+
+NEAR = 32
+"""Bytes."""
 
 _Use = tuple[int, object]
 """Whose use of a parameter it is, and its kind."""
@@ -64,7 +67,7 @@ class SymmetricSum:
         """The sum so far, in place: further vectors go on being added to it."""
         assert self._total is not None
         d = self._total.shape[2]
-        crowded = d * self._total.element_size() % CROWDED == 0
+        crowded = (d * self._total.element_size() + NEAR) % CROWDED <= 2 * NEAR
         for start, panel in self._panels[:-1]:
             stop = start + self._step
             above = panel[self._step :]
@@ -196,7 +199,7 @@ def _identity(t: Tensor | Made) -> object:
 
 
 class _Weight:
-    """What counts: 1 where a position does. Positions in step with those of the targets follow them one by one.
+    """What counts. Positions in step with those of the targets follow them one by one.
 
     Attributes:
         is_one: Whether every position does.
@@ -215,7 +218,7 @@ class _Weight:
 
     @functools.cached_property
     def each(self) -> Float[Tensor, "B T"]:
-        """Of every position."""
+        """1 where a position counts."""
         each = self._active.to(self._dtype)
         return each if each.dim() == 2 else each.unsqueeze(1).expand(self._shape)
 
