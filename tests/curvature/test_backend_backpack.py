@@ -41,7 +41,8 @@ PATH_REFUSED = {
     **dict.fromkeys(
         ("conv1d", "conv2d", "conv2d-groups", "conv3d", "convtranspose1d", "convtranspose2d", "maxpool"), "Apply"
     ),
-    "adaptive-avgpool": "Apply", "batchnorm2d": "Apply", "sdpa": "loses the derivative", "gelu": "GELU",
+    "adaptive-avgpool": "Apply", "batchnorm2d": "Apply", "tokens-paired-ignored": "Apply",
+    "sdpa": "loses the derivative", "gelu": "GELU",
     "silu": "SiLU", "softplus": "Softplus", "residual": r"'0.body.1' \(Tanh\)", "dictionary": "loses the derivative",
 }  # fmt: skip
 """Problems where the derivative passes what is no module, or a module that it does not know."""

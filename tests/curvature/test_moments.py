@@ -7,18 +7,7 @@ import torch
 
 from curvops.curvature.structured.moments import PANEL, SymmetricSum
 
-WIDTHS = [
-    5,
-    PANEL,
-    2 * PANEL - 1,
-    2 * PANEL,
-    2 * PANEL + 1,
-    3 * PANEL,
-    5 * PANEL + 7,
-    8 * PANEL,
-    8 * PANEL + 1,
-    16 * PANEL,
-]
+WIDTHS = [5, *(k * PANEL for k in (1, 2, 3, 8, 16)), 2 * PANEL - 1, 2 * PANEL + 1, 5 * PANEL + 7, 8 * PANEL + 1]
 
 
 @pytest.mark.parametrize("d", WIDTHS)
