@@ -72,7 +72,7 @@ class Watch:
         tensors: Name → tensor of the batches handed in as tensors.
 
     Building reads the parameters and buffers once (about 0.1 ms per million float32 entries on one core) and copies
-    O(1) of them; of the data nothing is read.
+    O(1) of them, or all of a small model until they are first compared; of the data nothing is read.
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[tuple[str, Tensor]] = ()) -> None:

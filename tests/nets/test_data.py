@@ -486,3 +486,19 @@ def test_progress_shows_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GGN" in capsys.readouterr().err
     list(DataSource(chunks(4, 6)).batches())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rows", [3, 2**16])
+@pytest.mark.parametrize("changed", ["outputs", "targets"])
+def test_a_record_remembers_what_it_was_shown(changed, rows):
+    record = PassRecord()
+    f, y = torch.ones(rows, 2, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+    kept = f.clone(), y.clone()
+    record.observe(0, f, y)
+    record.finish()
+    (f if changed == "outputs" else y).add_(1)  # a buffer that is used again
+    record.observe(0, *kept)
+    record.finish()
+    record.observe(0, f, y)
+    with pytest.raises(NonDeterministicDataError, match=f"The {changed} of batch 0 differ"):
+        record.finish()
