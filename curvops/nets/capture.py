@@ -1,7 +1,7 @@
 """One batch seen layer by layer: inputs a and output derivatives g at every place where a parameter is used.
 
-    layers = Layers(network, selection)           # once; works out, on a few examples, which rows are whose
-    batch = layers.capture(x, size)               # one forward
+    layers = Layers(network, selection)           # once
+    batch = layers.capture(x, size)               # one forward; works out which rows are whose
     factors = batch.factors(U)                    # one batched backward, U (*f.shape, K)
 
 `factors[i]` holds the per-example gradients of parameter i along the K cotangents without forming them. No hook is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,12 +23,16 @@ from curvops.nets.factors import Direct, Factors, Lookup, Made, Outer, Part, Shi
 from curvops.nets.forward import Inputs, Network, is_batched, rebuilt, take
 from curvops.nets.head import Head, find_head
 from curvops.nets.jacobians import example_rows
-from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, edge_key
-from curvops.nets.layers import Node
+from curvops.nets.layergraph import AtEdges, LayerGraph, Layout, Reading, Scattered, edge_key
+from curvops.nets.layers import Node, Site
 from curvops.nets.mixing import require_independent
-from curvops.nets.ownership import WITNESSES, Needs, Plan, layouts_by_pass, layouts_by_shapes, plan_of_batch
+from curvops.nets.ownership import Layouts, layouts_by_order, layouts_by_pass
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.pooled import Pool, Pooled, find_pool
+from curvops.nets.rules import Tap
+
+WITNESSES = 2
+"""Examples whose outputs are compared with those that they have among all."""
 
 Place = Literal["everywhere", "head", "body"]
 """Of which parameters factors are wanted: all, those of the last layer, or those behind it."""
@@ -41,7 +45,6 @@ class Layers:
         network: The network.
         selection: The parameters. Flat indices are not looked at: factors are those of whole parameters.
         byte_budget: Working memory of the fallback's chunks.
-        needs: What must be known of the rows.
         few: Whether few cotangents pass over each graph.
         pooled: Read the gradients of convolutions behind their pooling, see `Pooled`.
     """
@@ -52,113 +55,92 @@ class Layers:
         selection: ParameterSelection,
         *,
         byte_budget: int = 2**28,
-        needs: Needs = "all",
         few: bool = False,
         pooled: bool = False,
     ) -> None:
         self.network, self.selection, self.byte_budget = network, selection, byte_budget
         self.pooled = pooled
-        self.needs: Needs = needs
         self.recorded = network.fusing() if few else network
         """The network as graphs of it are recorded."""
         self.hooked = self.recomputes = False
         """Whether hooks intercept what a forward saves; whether passes run parts of it again (checkpoints), which must
         then see what the first one saw."""
-        self._plans: dict[object, Plan] = {}
-        self._bytes_per_example = 0
-        # A few of a batch's examples, and the batch, until it is captured beside them.
-        self._waiting: tuple[Capture, Inputs, int] | None = None
-        self._witnessed: Tensor | None = None
-
-    def needing(self, needs: Needs) -> Layers:
-        """The same, with nothing learned yet."""
-        few = self.recorded is not self.network
-        layers = Layers(
-            self.network, self.selection, byte_budget=self.byte_budget, needs=needs, few=few, pooled=self.pooled
-        )
-        layers.hooked, layers.recomputes = self.hooked, self.recomputes
-        return layers
-
-    @property
-    def bytes_per_example(self) -> int:
-        """Bytes that the kept graph takes per example; 0 before anything was learned."""
-        return self._bytes_per_example
+        self.bytes_per_example = 0
+        """Bytes that the kept graph takes per example; 0 before a batch was learned."""
+        # Batches whose examples were seen not to depend on each other: what one takes, and of how many operations.
+        self._independent: dict[tuple[object, int], tuple[int, int]] = {}
+        self._waiting: _Witnesses | None = None
+        self._layouts: dict[object, tuple[object, Layouts]] = {}
 
     def learn(self, x: Inputs, size: int) -> None:
-        """Work out, on a few examples of a batch of `size`, which rows are whose; once that is certain, nothing.
-
-        Examples of another shape (longer sequences) are another matter. One example alone does not say where others
-        would lie, nor do gradients that are all zero: the next batch is asked again. What shapes may show is left open
-        until there is another batch to compare with, which `capture` makes.
+        """Look at a few examples of a batch of `size` by themselves: what one takes, and its outputs, which `capture`
+        compares with those among all. Once for batches of one shape.
         """
-        kind, self._waiting = _example_shapes(x, size), None
-        plan = self._plans.get(kind)
-        if plan is None or (not plan.certain and size > 1):
-            if self.needs != "all" and size > WITNESSES:
-                # Not the first ones: examples that depend on a neighbour have another one here than among all.
-                few = Capture(self, _copied(take(x, 1, 1 + WITNESSES, size)))
-                self._waiting, self._bytes_per_example = (few, x, size), few.graph_bytes // WITNESSES
-                return
-            plan = self._plans[kind] = self._learned(x, size)
-        self._bytes_per_example = plan.bytes_per_example
+        kind, self._waiting = (_example_shapes(x, size), size), None
+        if kind in self._independent:
+            self.bytes_per_example = self._independent[kind][0]
+            return
+        # Not the first one: examples that depend on a neighbour have another one here than among all.
+        start = min(1, size - 1)
+        stop = min(size, start + WITNESSES)
+        few = Capture(self, _copied(take(x, start, stop, size)))
+        self.bytes_per_example = few.graph_bytes // (stop - start)
+        if size > 1:
+            self._waiting = _Witnesses(kind, few.outputs, x, start, stop)
 
     def capture(self, x: Inputs, size: int) -> Capture:
-        """One forward over a batch of `size`, ready to be asked for factors.
+        """One forward over a batch of `size`, or a chunk of the learned one, ready to be asked for factors.
 
         Raises:
             DependentExamplesError: An example's outputs depend on the other examples.
         """
+        kind = _example_shapes(x, size), size
         if self._waiting is None:
             self.learn(x, size)
-        kind, few, self._waiting = _example_shapes(x, size), self._waiting, None
-        if few is not None and size <= WITNESSES:  # a chunk too small to be compared with
-            self._plans[kind], few = self._learned(*few[1:]), None
-        witnessed, self._witnessed = self._witnessed, None
+        few, self._waiting = self._waiting, None
         batch = Capture(self, x)
         if few is not None:
-            self._plans[kind] = self._shown(few[0], batch, x, size)
-            witnessed, self._witnessed = self._witnessed, None
-        if witnessed is not None:
-            both = min(len(witnessed), len(batch.outputs))
-            require_independent(self.network, x, size, witnessed[:both], batch.outputs[:both])
-        if not batch.read(self._plans[kind], size):  # the forward does something else with this batch
-            self._require_alone(x, size, batch.outputs)
-            batch.read(plan_of_batch(batch), size)
+            self._compare(few, batch.outputs)
+            self._independent[few.kind] = self._independent[kind] = self.bytes_per_example, batch.operations
+        elif self._independent.get(kind, (0, batch.operations))[1] != batch.operations:
+            self._require_alone(x, size, batch)  # the forward does something else with this batch
+        batch.read(layouts_by_order(batch) or self._found(batch, x, size))
         return batch
 
-    def _shown(self, few: Capture, batch: Capture, x: Inputs, size: int) -> Plan:
-        """What the shapes of a few of a batch's examples show beside its own; where that is too little, a pass."""
-        of_whole = batch.outputs[1 : 1 + WITNESSES]
-        require_independent(self.network, x, size, few.outputs, of_whole, start=1)
-        layouts = layouts_by_shapes(few, batch, self.needs)
-        if layouts is None:
-            return self._learned(x, size)
-        return Plan(layouts, batch.signature(), self._bytes_per_example, True)
+    def _compare(self, few: _Witnesses, outputs: Tensor) -> None:
+        """Refuse witnesses that have other outputs among all of a batch, or of the chunk that it begins with."""
+        size = few.kind[1]
+        if len(outputs) < few.stop:
+            outputs = self.network.evaluate(take(few.x, 0, few.stop, size))
+        require_independent(self.network, few.x, size, few.outputs, outputs[few.start : few.stop], few.start)
 
-    def _learned(self, x: Inputs, size: int) -> Plan:
-        count = min(size, WITNESSES)
-        while True:
-            few = Capture(self, _copied(take(x, 0, count, size)))
-            # Where these are all there are, nothing later shows that rows were as many as examples by chance; and of
-            # three the one in the middle would stay where it is if their order were turned.
-            layouts, sure = layouts_by_pass(few, [1] if count == 2 < size else range(count))
-            if not sure:
-                layouts, sure = layouts_by_pass(few, range(count))
-            # A pair whose rows are not apart may be mixed as all pairs are: a third has no partner.
-            paired = count == 2 and None in layouts
-            if count == size or (sure and not paired):
-                break
-            count = min(size, 3 if sure else 4 * count)
-        if 1 < size == count:
-            self._require_alone(x, size, few.outputs)
-        # The batch starts with the witnesses: there their outputs are compared, in all its company.
-        self._witnessed = few.outputs
-        return Plan(layouts, few.signature(), few.graph_bytes // count, sure)
-
-    def _require_alone(self, x: Inputs, size: int, outputs: Tensor) -> None:
+    def _require_alone(self, x: Inputs, size: int, batch: Capture) -> None:
         """Refuse a batch whose first example has other outputs when it is alone."""
         alone = self.network.evaluate(take(x, 0, 1, size))
-        require_independent(self.network, x, size, alone, outputs[:1])
+        require_independent(self.network, x, size, alone, batch.outputs[:1])
+
+    def _found(self, batch: Capture, x: Inputs, size: int) -> Layouts:
+        """The layouts found by passes over the batch; where rows do not move by index, once for batches of one size."""
+        kind, signature = (_example_shapes(x, size), size), batch.signature()
+        known = self._layouts.get(kind)
+        if known is not None and known[0] == signature:
+            return known[1]
+        layouts, certain = layouts_by_pass(batch)
+        if not all(found is not None and all(isinstance(a, str) for a in found) for found in layouts):
+            self._require_alone(x, size, batch)  # examples that meet, or lie elsewhere, may depend on each other
+        if certain and not batch.moves_by_index:
+            self._layouts[kind] = signature, layouts
+        return layouts
+
+
+class _Witnesses(NamedTuple):
+    """A few examples of a batch: its kind and size, their outputs by themselves, the batch, where in it they are."""
+
+    kind: tuple[object, int]
+    outputs: Tensor
+    x: Inputs
+    start: int
+    stop: int
 
 
 class Capture(LayerGraph):
@@ -249,40 +231,26 @@ class Capture(LayerGraph):
 
     # ---- which rows are whose -----------------------------------------------------------------------------------
 
-    def read(self, plan: Plan, size: int) -> bool:
-        """Decide how each site is read; a parameter whose sites differ from what was learned goes to the fallback.
-
-        Returns:
-            Whether none differed.
-        """
-        self.fallback, self._readings = [], []
+    def read(self, layouts: Layouts) -> None:
+        """Decide how each site is read; a parameter without layouts goes to the fallback."""
+        self._readings = [
+            None if found is None else self._of_sites(pairs, found)
+            for pairs, found in zip(self.taps(), layouts, strict=True)
+        ]
+        self.fallback = [i for i, readings in enumerate(self._readings) if readings is None]
         self.__dict__.pop("head", None)
-        mine = self.signature()
-        for i, layouts in enumerate(plan.layouts):
-            readings: list[Reading] | None = [] if layouts is not None and len(layouts) == len(mine[i]) else None
-            for j, layout in enumerate(layouts or ()):
-                if readings is None:
-                    break
-                t = self._taps[i][j]
-                name, slot, per_example = plan.signature[i][j]
-                same = mine[i][j][:2] == (name, slot)
-                if layout == "shared":
-                    reading = None if t is None or not same else self.shared(self._sites[i][j], t, size)
-                else:
-                    fits = t is not None and same and t.rows == per_example * size
-                    reading = Reading(t, layout) if t is not None and fits else None
-                if reading is None:
-                    readings = None
-                elif reading.tap.rows:  # none of the batch came this way: no part of any gradient
-                    readings.append(reading)
-            if readings is None:
-                self.fallback.append(i)
-            self._readings.append(readings)
-        as_learned = all(plan.layouts[i] is None for i in self.fallback)
-        self._check_ownership()
         if self._layers.pooled and not (self.hooked or self.tensor_hooks):
             self._guarded(self._read_behind_pools)
-        return as_learned
+
+    def _of_sites(self, pairs: list[tuple[Site, Tap | None]], layouts: list[Layout]) -> list[Reading]:
+        readings: list[Reading] = []
+        for (site, t), layout in zip(pairs, layouts, strict=True):
+            assert t is not None
+            reading = self.shared(site, t, len(self.outputs)) if layout == "shared" else Reading(t, layout)
+            assert reading is not None
+            if reading.tap.rows:  # otherwise none of the batch came this way: no part of any gradient
+                readings.append(reading)
+        return readings
 
     def _read_behind_pools(self) -> None:
         """Have parameters of convolutions that are pooled read where their gradients are few."""
@@ -295,31 +263,6 @@ class Capture(LayerGraph):
                 if site.node not in pools:
                     pools[site.node] = find_pool(self._users, site.node)
                 readings[0] = replace(r, pool=pools[site.node])
-
-    def _check_ownership(self) -> None:
-        """Send a cotangent through half of the examples, and to the fallback whatever lets it reach the other half.
-
-        Only for networks that move rows about by index (routing, sorting), where one batch does not tell of the next.
-        """
-        B = self.outputs.shape[0]
-        if B == 1 or not self.moves_by_index:
-            return
-        chosen = torch.rand(B, generator=torch.Generator().manual_seed(B), device="cpu") < 0.5
-        chosen[0], chosen[-1] = True, False
-        others = (~chosen).to(self.outputs.device)
-        U = self.through(chosen)
-        reached = self.pulled_to([r.tap.edge for readings in self._readings for r in readings or ()], U)
-        for i, readings in enumerate(self._readings):
-            for r in readings or ():
-                g = reached[edge_key(r.tap.edge)]
-                if g is None:
-                    continue
-                own = g if r.back else self._split(r.tap.cotangent(g), 1, r.layout, B)
-                if bool(own[:, others].ne(0).any()):
-                    self._readings[i] = None
-                    self.fallback.append(i)
-                    break
-        self.fallback.sort()
 
     def _part(self, key: tuple[int, int], r: Reading, g: Tensor, B: int) -> Part:
         K, t = g.shape[0], r.tap
@@ -371,6 +314,8 @@ class Capture(LayerGraph):
     @staticmethod
     def _split(t: Tensor, axis: int, layout: Layout, B: int) -> Tensor:
         """The axis of rows as `(B, positions)`."""
+        if isinstance(layout, Scattered):
+            return t.index_select(axis, layout.index.flatten()).unflatten(axis, layout.index.shape)
         if t.shape[axis] == B:
             return t.unsqueeze(axis + 1)
         if layout == "batch last":

@@ -16,7 +16,8 @@ from curvops.nets.forward import Inputs, Network
 from curvops.nets.graph import graph_bytes
 from curvops.nets.kept import Kept
 from curvops.nets.kernels import LeanFunctions
-from curvops.nets.layers import Node, Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
+from curvops.nets.order import Strides, example_strides
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.pooled import Pool
 from curvops.nets.rules import Tap, tap
@@ -24,8 +25,17 @@ from curvops.nets.rules import Tap, tap
 AtEdges = dict[tuple[Any, int], Tensor | None]
 """Edge → `(K, *shape there)`, None where nothing arrives."""
 
-Layout = Literal["batch first", "batch last", "shared"]
-"""How rows hold the examples: all rows of example 0 first; row by row one of each; or every example uses every row."""
+
+@dataclass(frozen=True, eq=False)
+class Scattered:
+    """Rows anywhere: which are whose, `(B, positions)`."""
+
+    index: Tensor
+
+
+Layout = Literal["batch first", "batch last", "shared"] | Scattered
+"""How rows hold the examples: all rows of example 0 first; row by row one of each; every example uses every row; or in
+no such order."""
 
 _NO_HOOKS = "saved tensors are looked for without hooks"
 
@@ -87,9 +97,9 @@ class LayerGraph(Kept):
         return self._guarded(lambda: [[self._tap(site) for site in sites] for sites in self._sites])
 
     @property
-    def nodes(self) -> list[Node]:
-        """The operations behind the outputs, in an order that is the same for graphs of the same operations."""
-        return [] if self._f.grad_fn is None else [self._f.grad_fn, *self._users]
+    def operations(self) -> int:
+        """How many there are behind the outputs."""
+        return len(self._users)
 
     @property
     def graph_bytes(self) -> int:
@@ -119,12 +129,15 @@ class LayerGraph(Kept):
         """Per parameter its sites, and how each is read."""
         return [list(zip(sites, taps, strict=True)) for sites, taps in zip(self._sites, self._taps, strict=True)]
 
-    def through(self, chosen: Tensor) -> Tensor:
-        """One random cotangent `(*f.shape, 1)` of the chosen examples, zero for the others."""
-        generator, plain = torch.Generator().manual_seed(0), {"dtype": self.outputs.dtype, "device": "cpu"}
-        draw = torch.zeros(self.outputs.shape, **plain)
-        draw[chosen] = torch.randn(int(chosen.sum()), *draw.shape[1:], generator=generator, **plain)
-        return draw.to(self.outputs.device).unsqueeze(-1)
+    def example_strides(self) -> Strides | None:
+        """The stride of the examples in every tensor of the graph, see `order`; None where it does not show them."""
+        return example_strides(self._f)
+
+    def cotangent(self) -> Tensor:
+        """A random cotangent `(*f.shape, 1)`, the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(*self.outputs.shape, 1, generator=generator, dtype=self.outputs.dtype, device="cpu")
+        return draw.to(self.outputs.device)
 
     def shared(self, site: Site, t: Tap, size: int) -> Reading | None:
         """The reading of rows that all examples share, at the sum where they meet the examples.

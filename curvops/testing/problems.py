@@ -187,6 +187,12 @@ def _pairs() -> nn.Module:
     return _net(nn.Linear(2, 3), nn.Tanh(), Apply(lambda h: h.unflatten(1, (T, 2)).flatten(2)), nn.Linear(6, C))
 
 
+def _dealt() -> nn.Module:
+    """An MLP that sees the examples in another order, by how many they are; two or three lie as they came."""
+    there, back = (Apply(lambda h, way=way: h.roll(way * (len(h) // 4), 0)) for way in (1, -1))
+    return _net(there, nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, C), back)
+
+
 def _pooled(*layers: nn.Module, channels: int) -> nn.Module:
     """Layers, then a mean over all places and a linear read-out."""
     return _net(*layers, Apply(lambda h: h.flatten(2).mean(2)), nn.Linear(channels, C))
@@ -217,6 +223,7 @@ _LIST = [
     Problem("mlp-binary-one", lambda: _mlp(1), _real(4), "binary", outputs=1),
     Problem("mlp-weighted", _mlp, _real(4), weighted=True),
     Problem("mlp-ignored", _mlp, _real(4), ignored=True),
+    Problem("dealt-ignored", _dealt, _real(4), ignored=True),
     Problem("linear", lambda: nn.Linear(4, C), _real(4)),
     # Convolutions.
     Problem("conv1d", lambda: _pooled(nn.Conv1d(2, 4, 2, groups=2, dilation=2), nn.Tanh(), channels=4), _real(2, 6)),

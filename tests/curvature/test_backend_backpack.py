@@ -26,6 +26,7 @@ FEW = (
 """What the quick run looks at."""
 
 LAYERS_REFUSED = {
+    "dealt-ignored": "in order",
     "conv2d-same": "padding='same'", "conv2d-circular": "circular", "layernorm": "LayerNorm", "groupnorm": "GroupNorm",
     "instancenorm": "InstanceNorm", "rmsnorm": "RMSNorm", "embedding": "float64", "embedding-padding": "padding_idx",
     "embeddingbag-sum": "EmbeddingBag", "embeddingbag-mean": "EmbeddingBag", "embeddingbag-padding": "EmbeddingBag",
@@ -49,7 +50,7 @@ PATH_REFUSED = {
 
 KRON_REFUSED = {
     "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored",
-    "tokens-paired-ignored": "ignored", "batchnorm1d": "BatchNorm1d",
+    "tokens-paired-ignored": "ignored", "dealt-ignored": "ignored", "batchnorm1d": "BatchNorm1d",
     "batchnorm2d": "BatchNorm2d", "conv1d": "groups=2", "conv2d-groups": "groups=2",
     "convtranspose1d": "ConvTranspose1d", "convtranspose2d": "ConvTranspose2d", "embedding": "Embedding",
     "embedding-padding": "Embedding",

@@ -47,7 +47,7 @@ REFUSED = {
     "conv2d-circular": "circular", "batchnorm1d": "BatchNorm1d", "layernorm": "LayerNorm", "embedding": "Embedding",
     "multihead-attention": "MultiheadAttention", "lstm": "LSTM", "raw-parameters": "Raw", "tied": "tied",
     "module-twice": "runs 2 times", "mlp-ignored": "ignored", "tokens-ignored-weighted": "ignored",
-    "tokens-paired-ignored": "ignored",
+    "tokens-paired-ignored": "ignored", "dealt-ignored": "ignored",
 }  # fmt: skip
 
 FACTORISED = [

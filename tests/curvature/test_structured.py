@@ -232,7 +232,17 @@ class TestKFAC:
     @pytest.mark.parametrize(
         "name",
         [
-            *("mlp", "mlp-regression", "mlp-binary", "mlp-weighted", "mlp-ignored", "linear", "residual", "gelu"),
+            *(
+                "mlp",
+                "mlp-regression",
+                "mlp-binary",
+                "mlp-weighted",
+                "mlp-ignored",
+                "dealt-ignored",
+                "linear",
+                "residual",
+                "gelu",
+            ),
             *(
                 "sdpa",
                 "tokens",

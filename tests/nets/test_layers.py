@@ -12,9 +12,7 @@ from untouched import untouched
 from curvops.errors import UnsupportedError
 from curvops.nets.capture import Layers
 from curvops.nets.factorblocks import block, gram
-from curvops.nets.factors import Direct, Lookup, Outer
 from curvops.nets.forward import Network
-from curvops.nets.ownership import Needs
 from curvops.nets.parameters import ParameterSelection
 from curvops.testing.problems import Problem, problem, problems
 
@@ -22,14 +20,11 @@ WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
 EVERY = pytest.mark.parametrize("p", WHOLE, ids=lambda p: p.name)
 
 
-NEEDS = pytest.mark.parametrize("needs", ["all", "examples"])
-
-
-def captured(p: Problem, K: int = 3, needs: Needs = "all", device: torch.device | str = "cpu"):
+def captured(p: Problem, K: int = 3, device: torch.device | str = "cpu"):
     model = p.model(device=device)
     x = p.data(device=device)[0]
     selection = ParameterSelection(model, p.params)
-    layers = Layers(Network(model), selection, needs=needs)
+    layers = Layers(Network(model), selection)
     batch = layers.capture(x, reference.length(x))
     generator = torch.Generator().manual_seed(3)
     U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64).to(device)
@@ -46,9 +41,8 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 
 @EVERY
-@NEEDS
-def test_per_example_gradients(p, needs, device):
-    batch, factors, expected = captured(p, needs=needs, device=device)
+def test_per_example_gradients(p, device):
+    batch, factors, expected = captured(p, device=device)
     for i, (factor, rows) in enumerate(zip(factors, expected, strict=True)):
         if factor is None:
             assert i in batch.unused
@@ -66,31 +60,6 @@ def test_blocks_and_inner_products(p, device):
         check(gram(f, f), torch.einsum("kbp,lcp->bkcl", rows, rows))
         for h, columns in present:
             check(block(f, h), torch.einsum("kbp,kbq->pq", rows, columns))
-
-
-@EVERY
-def test_terms_of_sums_are_the_same_whoever_they_belong_to(p):
-    _, terms, _ = captured(p, needs="terms")
-    _, whole, _ = captured(p)
-    for mine, theirs in zip(terms, whole, strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is None or theirs is None:
-            continue
-        for part, other in zip(mine.parts, theirs.parts, strict=True):
-            assert type(part) is type(other)
-            if isinstance(part, Direct):  # per example at every level
-                check(part.rows, other.rows)
-                continue
-            check(_second_moment(part.g), _second_moment(other.g))
-            if isinstance(part, Outer):
-                check(_second_moment(part.a), _second_moment(other.a))
-            if isinstance(part, Lookup):
-                assert torch.equal(part.index.flatten().sort().values, other.index.flatten().sort().values)
-
-
-def _second_moment(t: Tensor) -> Tensor:
-    t = t.flatten(0, -2)
-    return t.T @ t
 
 
 @EVERY
@@ -211,8 +180,7 @@ FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4}
 
 
 @pytest.mark.parametrize("name", EXTRA)
-@NEEDS
-def test_per_example_gradients_beyond_the_zoo(name, needs, device):
+def test_per_example_gradients_beyond_the_zoo(name, device):
     model, shape = EXTRA[name]
     generator = torch.Generator().manual_seed(5)
     model = copy.deepcopy(model).double().eval()
@@ -227,7 +195,7 @@ def test_per_example_gradients_beyond_the_zoo(name, needs, device):
     model, x = model.to(device), x.to(device)
     selection = ParameterSelection(model)
     with untouched(model):
-        batch = Layers(Network(model), selection, needs=needs).capture(x, reference.length(x))
+        batch = Layers(Network(model), selection).capture(x, reference.length(x))
         U = torch.randn(*batch.outputs.shape, 2, generator=generator, dtype=torch.float64).to(device)
         factors = batch.factors(U)
     rows = torch.einsum("bcp,bck->kbp", J, U.cpu()).to(device)
@@ -239,12 +207,11 @@ def test_per_example_gradients_beyond_the_zoo(name, needs, device):
     assert len(batch.fallback) == FALLBACK.get(name, 0)
 
 
-@NEEDS
-def test_examples_that_mix_are_refused(needs):
+def test_examples_that_mix_are_refused():
     model = Model(lambda m, x: m.body(x - x.mean(0)), body=nn.Linear(3, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedError, match="depend on the other examples"):
-        Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, reference.length(x))
+        Layers(Network(model), ParameterSelection(model)).capture(x, reference.length(x))
 
 
 def test_a_second_batch_of_another_structure_is_examined_anew():
@@ -273,8 +240,7 @@ def test_a_first_batch_that_tells_nothing_decides_nothing():
         check(got, J)
 
 
-@NEEDS
-def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order(needs):
+def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order():
     def forward(m, x):  # as many rows as examples, in an order that each batch decides
         order = x[:, 0].argsort()
         return m.head(torch.tanh(m.body(x[order]))[order.argsort()])
@@ -282,16 +248,15 @@ def test_rows_sorted_by_the_data_are_not_taken_for_examples_in_order(needs):
     model = Model(forward, body=nn.Linear(2, 3), head=nn.Linear(3, 2)).double()
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[:2] = x[:2][x[:2, 0].argsort()]  # the first two are in order, the others are not
-    batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, 6)
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, 6)
     U = torch.ones(6, 2, 1, dtype=torch.float64)
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
-    assert batch.fallback == [0, 1]
+    assert batch.fallback == []
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])
-@pytest.mark.parametrize("needs", ["all", "examples", "terms"])
-def test_examples_that_mix_in_pairs_are_refused(size, needs):
+def test_examples_that_mix_in_pairs_are_refused(size):
     def forward(m, x):  # the first two make a pair of their own, among themselves and among all
         h = torch.tanh(m.body(x))
         h = torch.cat([h, h.new_zeros(len(x) % 2, 4)]).reshape(-1, 2, 4)
@@ -300,24 +265,58 @@ def test_examples_that_mix_in_pairs_are_refused(size, needs):
     model = Model(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
     x = torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedError, match="depend on the other examples"):
-        Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
+        Layers(Network(model), ParameterSelection(model)).capture(x, size)
 
 
 @pytest.mark.parametrize("at", [0, -1])
 @pytest.mark.parametrize("positions", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 5])
-@NEEDS
-def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(needs, size, positions, at):
+def test_rows_shared_by_all_are_told_from_rows_of_examples_when_only_one_counts(size, positions, at):
     # Of the table's rows an example reaches one, which may be where its own would lie.
     model = Model(
         lambda m, x: m.head(torch.tanh(m.body(x) + m.table(torch.arange(x.shape[1])))[:, at]),
         body=nn.Linear(3, 4), table=nn.Embedding(positions, 4), head=nn.Linear(4, 2),
     ).double()  # fmt: skip
     x = torch.randn(size, positions, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, size)
     U = torch.ones(size, 2, 1, dtype=torch.float64)
     J = reference.jacobian(model, x).sum(1, keepdim=True).movedim(1, 0)
     check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
+
+
+def _strided(h: Tensor, n: int, d: int) -> Tensor:
+    return h.as_strided((len(h) // n, n, d), (d, len(h) // n * d, 1)).reshape(h.shape)
+
+
+DEALT = {
+    "views": lambda h, n: h.reshape(n, -1, h.shape[-1]).transpose(0, 1).reshape(h.shape),
+    "strides": lambda h, n: _strided(h, n, h.shape[-1]),
+    "chunks": lambda h, n: torch.stack(h.chunk(n), 1).flatten(0, 1),
+    "a product": lambda h, n: torch.eye(len(h), dtype=h.dtype).reshape(n, -1, len(h)).transpose(0, 1).flatten(0, 1) @ h,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [4, 6, 40])
+@pytest.mark.parametrize("way", DEALT)
+def test_examples_dealt_anew_by_their_number(way, size):
+    # Of two or three examples all lie in order.
+    deal = DEALT[way]
+    model = Model(
+        lambda m, x: (
+            m.head(torch.tanh(m.body(x)))
+            if len(x) < 4
+            else deal(m.head(torch.tanh(m.body(deal(x.contiguous(), 2)))).contiguous(), len(x) // 2)
+        ),
+        body=nn.Linear(3, 4),
+        head=nn.Linear(4, 2),
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 3, dtype=torch.float64, generator=generator)
+    U = torch.randn(size, 2, 2, generator=generator, dtype=torch.float64)
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, size)
+    J = torch.einsum("bcp,bck->kbp", reference.jacobian(model, x), U)
+    check(torch.cat([f.per_example() for f in batch.factors(U) if f is not None], -1), J)
+    assert batch.fallback == []
 
 
 # Two of the examples, beside all, have the outputs that they have among all, and depend on the others nonetheless.
@@ -340,8 +339,7 @@ def _partners(h: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", UNSEEN)
-@pytest.mark.parametrize("needs", ["examples", "terms"])
-def test_what_two_examples_do_not_show_is_not_trusted(name, needs):
+def test_what_two_examples_do_not_show_is_not_trusted(name):
     function, size = UNSEEN[name]
     model = Model(function, body=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
     generator = torch.Generator().manual_seed(0)
@@ -352,12 +350,12 @@ def test_what_two_examples_do_not_show_is_not_trusted(name, needs):
     if name == "scaled by the largest":
         x[2] *= 10  # of those looked at
     try:
-        batch = Layers(Network(model), ParameterSelection(model), needs=needs).capture(x, size)
+        batch = Layers(Network(model), ParameterSelection(model)).capture(x, size)
     except UnsupportedError as error:
         assert "depend on the other examples" in str(error)  # noqa: PT017  (else the numbers are the right ones)
         return
-    assert batch.fallback[:2] == [0, 1]
     if name == "in their derivatives alone":  # of an example alone they are others than of the batch
+        assert batch.fallback[:2] == [0, 1]
         return
     U = torch.randn(size, 2, 3, generator=generator, dtype=torch.float64)
     f, tensors = model(x), list(model.parameters())
@@ -367,8 +365,7 @@ def test_what_two_examples_do_not_show_is_not_trusted(name, needs):
 
 
 @pytest.mark.parametrize("few", [True, False])
-@pytest.mark.parametrize("needs", ["all", "examples", "terms"])
-def test_checkpoints_run_again_in_the_only_pass(needs, few):
+def test_checkpoints_run_again_in_the_only_pass(few):
     layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True, activation="gelu")
     plain = Model(lambda m, x: m.head(m.layer(x)).sum(1), layer=layer, head=nn.Linear(4, 2)).double().eval()
     model = Model(
@@ -376,22 +373,20 @@ def test_checkpoints_run_again_in_the_only_pass(needs, few):
     ).eval()
     for size in (1, 2, 5):
         x = torch.randn(size, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        batch = Layers(Network(model), ParameterSelection(model), needs=needs, few=few).capture(x, size)
+        batch = Layers(Network(model), ParameterSelection(model), few=few).capture(x, size)
         U = torch.ones(size, 2, 1, dtype=torch.float64)
         factors = batch.factors(U, last=True)
-        if needs != "terms":
-            J = reference.jacobian(plain, x).sum(1, keepdim=True).movedim(1, 0)
-            check(torch.cat([f.per_example() for f in factors if f is not None], -1), J)
+        J = reference.jacobian(plain, x).sum(1, keepdim=True).movedim(1, 0)
+        check(torch.cat([f.per_example() for f in factors if f is not None], -1), J)
 
 
 def test_a_failure_leaves_nothing_for_the_next_batch():
     model = Model(lambda m, x: m.body(torch.tanh(x)).sum(1), body=nn.Linear(3, 2)).double()
-    for needs in ("all", "examples"):
-        for size in (2, 5):
-            layers = Layers(Network(model), ParameterSelection(model), needs=needs)
-            x = {T: torch.randn(size, T, 3, dtype=torch.float64) for T in (2, 3)}
-            layers.learn(x[2], size)
-            with pytest.raises(RuntimeError, match="mat1 and mat2"):
-                layers.capture(x[2][..., :2], size)
-            for T in (3, 2):
-                assert layers.capture(x[T], size).fallback == []
+    for size in (2, 5):
+        layers = Layers(Network(model), ParameterSelection(model))
+        x = {T: torch.randn(size, T, 3, dtype=torch.float64) for T in (2, 3)}
+        layers.learn(x[2], size)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            layers.capture(x[2][..., :2], size)
+        for T in (3, 2):
+            assert layers.capture(x[T], size).fallback == []

@@ -150,7 +150,7 @@ def captured(
             p.copy_(torch.randn(p.shape, generator=g, dtype=F64))
     x = torch.randn(B, *shape, generator=g, dtype=F64)
     selection = ParameterSelection(model)
-    batch = Layers(Network(model), selection, needs="examples", pooled=True).capture(x, B)
+    batch = Layers(Network(model), selection, pooled=True).capture(x, B)
     U = torch.randn(*batch.outputs.shape, K, generator=g, dtype=F64)
     rows = torch.einsum("bcp,bck->kbp", reference.jacobian(model, x), U)
     return batch, U, list(rows.split(list(selection.sizes), -1))

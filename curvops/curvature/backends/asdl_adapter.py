@@ -18,7 +18,8 @@ What it gets wrong in silence, and what happens here instead (checked on 0.1a4):
   kernels and few positions. Here the squares of its per-example gradients are taken.
 * Normalisations read their input off their output, (y − bias) / weight: wrong where a weight is zero, or a later layer
   works in place; BatchNorm1d knows no positions. Such things show in numbers: before anything is returned, the
-  gradients of a batch's first three data are compared with autograd, parameter by parameter.
+  gradients of a batch's first three data are compared with autograd, parameter by parameter; and those of all data,
+  where the operations do not show that each row keeps its place.
 * Its KFAC has no "reduce", and its A no average: refused, and scaled here.
 * Its Hessian's diagonal is double backward over parameters named `weight` and `bias`: others are refused.
 * 0.1a5 dropped an argument that laplace-torch needs; versions but 0.1a4 are refused.
@@ -54,6 +55,7 @@ from curvops.errors import CurvopsError, UnsupportedError, UnsupportedLayerError
 from curvops.extras import require as require_extra
 from curvops.nets.forward import take
 from curvops.nets.jacobians import close
+from curvops.nets.order import example_strides
 from curvops.nets.parameters import ParameterSelection, unwrap
 
 WANTED = "0.1a4"
@@ -179,7 +181,8 @@ class Examples:
     Raises:
         UnsupportedLayerError: A layer that ASDL gets wrong; named.
 
-    Cost: a forward and three backward passes over three data; nothing is kept.
+    Cost: a forward and three backward passes over three data; nothing is kept. Two backward passes more over all,
+    where the operations leave open which rows are whose.
     """
 
     def __init__(
@@ -214,7 +217,10 @@ class Examples:
             use(full if self.entries is None else full[:, self.entries])
 
         with self.hooked(self.library.operations.OP_BATCH_GRADS) as context:
-            self._propagate(context, self._forward(start, stop, context), u, each)
+            f = self._forward(start, stop, context)
+            if f.requires_grad and example_strides(f) is None:
+                self._compare(context, f)
+            self._propagate(context, f, u, each)
 
     def rows(self, start: int, stop: int, u: Tensor) -> Float[Tensor, "b R P"]:
         """Gradients of data `start … stop` for cotangents `(b, R, *event)`."""
@@ -237,10 +243,13 @@ class Examples:
                     sums[i] = square if before is None else before + square
 
         with self.hooked(names.OP_COV_DIAG, *apart) as context:
-            self._propagate(context, self._forward(start, stop, context), u, each)
+            f = self._forward(start, stop, context)
+            self._propagate(context, f, u, each)
             for i, (owner, module) in enumerate(zip(self.owners, self.modules, strict=True)):
                 if module not in self._apart:
                     sums[i] = (context.cov_diag(module) or {}).get(owner.role)
+        if self._apart and example_strides(f) is None:
+            self.visit(start, stop, u[..., :0], lambda _: None)  # compares rows with autograd
         like = self.selection.tensors[0]
         parts = [
             like.new_zeros(size) if total is None else total.reshape(-1)
@@ -329,22 +338,26 @@ class Examples:
         try:
             with self.hooked(self.library.operations.OP_BATCH_GRADS) as context:
                 f = self._forward(0, size, context)
-                if not f.requires_grad:
-                    return
-                u = irregular(f, 0)
-                weights = 1.0 + torch.arange(size, dtype=self.selection.dtype, device=f.device)
-                pulled(f, self.outputs.selected, u, keep=True)
-                rows = [self._rows(context, i, size) for i in range(len(self.owners))]
-                counts = [self._count(context, i) for i in range(len(self.owners))]
-                context.clear_batch_grads()
-                weighted = u * weights.reshape(-1, *[1] * (u.dim() - 1))
-                wanted = pulled(f, self.outputs.selected, weighted, keep=False)
+                if f.requires_grad:
+                    self._compare(context, f)
         except CurvopsError:
             raise
         except Exception as error:  # Its rules run into shapes that they were not written for, in any way.
             raise UnsupportedError(
                 f"{provenance()} fails on this model ({first_line(error)}); {self.way_out}"
             ) from error
+
+    def _compare(self, context: Any, f: Tensor) -> None:
+        """Compare with autograd under irregular cotangents, weighted so that rows cannot swap."""
+        size, u = len(f), irregular(f, 0)
+        weights = 1.0 + torch.arange(size, dtype=self.selection.dtype, device=f.device)
+        pulled(f, self.outputs.selected, u, keep=True)
+        rows = [self._rows(context, i, size) for i in range(len(self.owners))]
+        counts = [self._count(context, i) for i in range(len(self.owners))]
+        context.clear_batch_grads()
+        weighted = u * weights.reshape(-1, *[1] * (u.dim() - 1))
+        wanted = pulled(f, self.outputs.selected, weighted, keep=True)
+        context.clear_batch_grads()
         largest = max((float(gradient.abs().max()) for gradient in wanted if gradient is not None), default=0.0)
         for owner, module, row, count, gradient in zip(self.owners, self.modules, rows, counts, wanted, strict=True):
             like = getattr(module, owner.role)
@@ -356,7 +369,8 @@ class Examples:
                 raise UnsupportedLayerError(
                     f"{provenance()} departs from autograd at parameter {owner.name!r} of "
                     f"{module_text(owner.path, module)} (for normalisations: a weight of zero, positions, or a layer "
-                    f"behind it that works in place); {self.way_out}"
+                    "behind it that works in place; for all layers: examples that the forward puts in another order); "
+                    f"{self.way_out}"
                 )
             if count != size or isinstance(module, nn.Conv2d):
                 self._apart.add(module)

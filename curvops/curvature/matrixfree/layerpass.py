@@ -22,7 +22,6 @@ from curvops.nets.capture import Capture, Layers, Place
 from curvops.nets.factors import Factors
 from curvops.nets.forward import take
 from curvops.nets.likelihood import Likelihood
-from curvops.nets.ownership import Needs
 
 WORKING_BYTES = 2**28
 """A chunk takes no more than this, however large the budget: larger ones only leave the caches."""
@@ -80,8 +79,6 @@ class LayerPass:
             read gradients behind the pooling of a convolution, where they are few.
         narrow: Allow a last layer columns of its own, and the parameters behind it fewer: for what is a sum over the
             columns of each parameter (and a bias's weight) alone.
-        needs: What must be known of the layers' rows, as for `Layers`; with "terms" whose they are is found out where
-            not all of the targets count.
 
     Attributes:
         moments: Whether such a last layer may have its columns summed already, see `Step.moment`.
@@ -99,15 +96,12 @@ class LayerPass:
         report_unused: bool = True,
         stacked: bool = False,
         narrow: bool = False,
-        needs: Needs = "all",
     ) -> None:
         self.objective, self.cotangents = objective, cotangents
         self._together, self._most, self._narrow = together, examples, narrow
         self.moments = False
         self._stacked = stacked and objective.selection.device.type == "cpu"
-        self.layers = Layers(
-            objective.network, objective.selection, needs=needs, few=cotangents.few, pooled=self._stacked
-        )
+        self.layers = Layers(objective.network, objective.selection, few=cotangents.few, pooled=self._stacked)
         self.fallback: tuple[str, ...] = ()
         self.sketched = False
         self._reported = not report_unused
@@ -118,10 +112,6 @@ class LayerPass:
         """What a reader should know of how a parameter was treated; None before a pass, and mostly after it."""
         notes = ["per-example rows"] * (name in self.fallback) + ["tokens sketched"] * self.sketched
         return ", ".join(notes) if notes else None
-
-    def need(self, needs: Needs) -> None:
-        """From the next chunk on, know this of the rows."""
-        self.layers = self.layers.needing(needs)
 
     def __iter__(self) -> Iterator[Step]:
         """One pass.
@@ -157,9 +147,6 @@ class LayerPass:
                 with torch.no_grad():
                     columns = self.cotangents.of(likelihood, capture.outputs, part)
                     active = _active(likelihood, capture.outputs, part.y)
-                if self.layers.needs == "terms" and not bool(active.all()):
-                    self.need("examples")
-                    continue
                 # How many columns there are is known now: a chunk that proves too large is made smaller, once.
                 fitting = min(self._examples(room, columns.count), size)
                 if fitting < count and self._together:

@@ -53,7 +53,7 @@ class _GaussNewtonDiagonal(_DataDiagonal):
 
     def _built(self) -> LinearOperator:
         exact = self.cotangents.fisher == "exact"
-        layers = LayerPass(self.objective, self.cotangents, stacked=exact, narrow=True, needs="examples")
+        layers = LayerPass(self.objective, self.cotangents, stacked=exact, narrow=True)
         selection = self.objective.selection
         sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
         with torch.no_grad():

@@ -144,7 +144,7 @@ class _Corrected:
         bases = [[_Basis.of(one) for one in group] for group in statistics]
         objective, cotangents = self.sums.objective, self.sums.cotangents
         with torch.no_grad():
-            for step in LayerPass(objective, cotangents, report_unused=False, narrow=True, needs="examples"):
+            for step in LayerPass(objective, cotangents, report_unused=False, narrow=True):
                 for units, group in zip(parts, bases, strict=True):
                     for unit, basis in zip(units, group, strict=True):
                         factors = None if basis is None else unit.of(step.factors)

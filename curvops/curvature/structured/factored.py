@@ -20,7 +20,7 @@ from curvops.curvature.structured.moments import Moments
 from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, has_pairs
 from curvops.curvature.structured.units import ApartError, Unit, WeightAndBias, units_of
 from curvops.errors import UnsupportedError, UnsupportedLayerError
-from curvops.nets.factors import Direct, Factors
+from curvops.nets.factors import Factors
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -169,9 +169,7 @@ class Sums:
     def __init__(self, objective: Objective, cotangents: Cotangents, choice: Choice) -> None:
         self.objective, self.cotangents, self.choice = objective, cotangents, choice
         self.units = units_of(objective.model, objective.selection, choice.weight_and_bias)
-        # Every position is a term of its own, or those of an example are averaged.
-        needs = "terms" if choice.approx == "expand" else "examples"
-        self.passes = LayerPass(objective, cotangents, narrow=True, needs=needs)
+        self.passes = LayerPass(objective, cotangents, narrow=True)
         self._lock = threading.Lock()
         self._apart: set[tuple[int, ...]] = set()
         self._exact: set[tuple[int, ...]] = set()
@@ -229,13 +227,6 @@ class Sums:
                 exact = part.positions in self._exact or not has_pairs(factors)
                 if moments.knows(number) if exact else total.exact is not None:
                     self._exact.add(part.positions)
-                    return False
-                if (
-                    exact
-                    and self.passes.layers.needs == "terms"
-                    and not all(isinstance(p, Direct) for p in factors.parts)
-                ):
-                    self.passes.need("examples")  # an exact block puts together what is of one example
                     return False
                 if exact:
                     assert step.moment is None

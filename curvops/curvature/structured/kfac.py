@@ -15,8 +15,7 @@ class KFAC(Factored):
 
     A weight of a layer that computes `W a` has the block B ⊗ A, its bias B; an embedding (num, dim) A ⊗ B, A diagonal;
     grouped convolutions have one product per group. All uses of a parameter enter its factors. A parameter that is no
-    factor of a product (norm layers, scales, whatever no rule covers) has an exact block. Where targets are ignored,
-    the forward must not deal the examples anew in an order that depends on the batch's size: that is not noticed.
+    factor of a product (norm layers, scales, whatever no rule covers) has an exact block.
 
     Args:
         model, likelihood, data, options: As for `GGN`; `params` by flat indices is refused.

@@ -98,7 +98,7 @@ def exact_trace(H: LinearOperator) -> float:
     selection = H.objective.selection
     sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
     try:
-        for step in LayerPass(H.objective, cotangents, report_unused=False, needs="examples"):
+        for step in LayerPass(H.objective, cotangents, report_unused=False):
             for total, factors in zip(sums, step.factors, strict=True):
                 if factors is not None:
                     total.add(factors)
