@@ -70,7 +70,6 @@ class Layers:
         # Batches whose examples were seen not to depend on each other: what one takes, and of how many operations.
         self._independent: dict[tuple[object, int], tuple[int, int]] = {}
         self._waiting: _Witnesses | None = None
-        self._layouts: dict[object, tuple[object, Layouts]] = {}
 
     def learn(self, x: Inputs, size: int) -> None:
         """Look at a few examples of a batch of `size` by themselves: what one takes, and its outputs, which `capture`
@@ -102,9 +101,14 @@ class Layers:
         if few is not None:
             self._compare(few, batch.outputs)
             self._independent[few.kind] = self._independent[kind] = self.bytes_per_example, batch.operations
-        elif self._independent.get(kind, (0, batch.operations))[1] != batch.operations:
+        elif self._independent.setdefault(kind, (self.bytes_per_example, batch.operations))[1] != batch.operations:
             self._require_alone(x, size, batch)  # the forward does something else with this batch
-        batch.read(layouts_by_order(batch) or self._found(batch, x, size))
+        layouts = layouts_by_order(batch)
+        if layouts is None:
+            layouts = layouts_by_pass(batch)
+            if not all(found is not None and all(isinstance(a, str) for a in found) for found in layouts):
+                self._require_alone(x, size, batch)  # examples that meet, or lie elsewhere, may depend on each other
+        batch.read(layouts)
         return batch
 
     def _compare(self, few: _Witnesses, outputs: Tensor) -> None:
@@ -118,19 +122,6 @@ class Layers:
         """Refuse a batch whose first example has other outputs when it is alone."""
         alone = self.network.evaluate(take(x, 0, 1, size))
         require_independent(self.network, x, size, alone, batch.outputs[:1])
-
-    def _found(self, batch: Capture, x: Inputs, size: int) -> Layouts:
-        """The layouts found by passes over the batch; where rows do not move by index, once for batches of one size."""
-        kind, signature = (_example_shapes(x, size), size), batch.signature()
-        known = self._layouts.get(kind)
-        if known is not None and known[0] == signature:
-            return known[1]
-        layouts, certain = layouts_by_pass(batch)
-        if not all(found is not None and all(isinstance(a, str) for a in found) for found in layouts):
-            self._require_alone(x, size, batch)  # examples that meet, or lie elsewhere, may depend on each other
-        if certain and not batch.moves_by_index:
-            self._layouts[kind] = signature, layouts
-        return layouts
 
 
 class _Witnesses(NamedTuple):

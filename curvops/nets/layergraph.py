@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from curvops.nets.forward import Inputs, Network
 from curvops.nets.graph import graph_bytes
 from curvops.nets.kept import Kept
 from curvops.nets.kernels import LeanFunctions
-from curvops.nets.layers import Site, find_sites, graph_users, placement, shape_at
-from curvops.nets.order import Strides, example_strides
+from curvops.nets.layers import Site, Users, find_sites, graph_users, placement, shape_at
+from curvops.nets.order import Edge, Strides, example_strides
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.pooled import Pool
 from curvops.nets.rules import Tap, tap
 
-AtEdges = dict[tuple[Any, int], Tensor | None]
+AtEdges = dict[Edge, Tensor | None]
 """Edge → `(K, *shape there)`, None where nothing arrives."""
 
 
@@ -38,13 +38,6 @@ Layout = Literal["batch first", "batch last", "shared"] | Scattered
 no such order."""
 
 _NO_HOOKS = "saved tensors are looked for without hooks"
-
-_BY_INDEX = frozenset(
-    f"{name}Backward0"
-    for name in ("Index", "IndexSelect", "IndexPut", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Take",
-                 "MaskedSelect", "MaskedScatter", "Sort", "Topk")
-)  # fmt: skip
-"""Operations that move rows to places that depend on the data."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,10 @@ class LayerGraph(Kept):
             self._f, self.hooked = _recorded(network, x, selection.tensors, hooked)
         self.tensor_hooks = functions is None or functions.hooks
         self.outputs: Tensor = self._f.detach()
-        self._users = graph_users(self._f)
+
+    @functools.cached_property
+    def _users(self) -> Users:
+        return graph_users(self._f)
 
     @functools.cached_property
     def _sites(self) -> list[list[Site]]:
@@ -111,19 +107,6 @@ class LayerGraph(Kept):
         self._released = True
         self._f = self.outputs
         self._users, self._sites, self._taps = {}, [], []
-
-    def signature(self) -> list[list[tuple[str, int, float]]]:
-        """Per parameter and site: the operation, the operand's slot, rows per example."""
-        B = self.outputs.shape[0]
-        return [
-            [(s.name, s.slot, -1.0 if t is None else t.rows / B) for s, t in zip(sites, taps, strict=True)]
-            for sites, taps in zip(self._sites, self._taps, strict=True)
-        ]
-
-    @functools.cached_property
-    def moves_by_index(self) -> bool:
-        """Whether rows may move about by index (routing, sorting), so that one batch does not tell of the next."""
-        return any(node.name() in _BY_INDEX for node in self._users)
 
     def taps(self) -> list[list[tuple[Site, Tap | None]]]:
         """Per parameter its sites, and how each is read."""
@@ -208,5 +191,5 @@ def _recorded(network: Network, x: Inputs, selected: Sequence[Tensor], hooked: b
     return network(x, selected), True
 
 
-def edge_key(edge: GradientEdge) -> tuple[Any, int]:
+def edge_key(edge: GradientEdge) -> Edge:
     return edge.node, edge.output_nr

@@ -68,24 +68,21 @@ def _placed(graph: LayerGraph, strides: Strides, site: Site, t: Tap) -> Layout |
     return "batch last" if stride * t.rows == entries else None
 
 
-def layouts_by_pass(graph: LayerGraph) -> tuple[Layouts, bool]:
-    """Layouts found by scaled cotangents; and whether they would be the same for other data.
+def layouts_by_pass(graph: LayerGraph) -> Layouts:
+    """The layouts that scaled cotangents show, for this batch.
 
     Cost: two backwards of one column for up to 32 examples, three for up to 1,024.
     """
-    B = len(graph.outputs)
     asked = [[None if t is None else _Asked(graph, site, t) for site, t in pairs] for pairs in graph.taps()]
     _find_owners(graph, [place for some in asked for a in some if a is not None for place in a.places])
     found: Layouts = []
-    certain = True
     for some in asked:
         layouts: list[Layout] | None = []
         for a in some:
-            layout, sure = (None, True) if a is None else a.answer(B)
-            certain = certain and sure
+            layout = None if a is None else a.answer(len(graph.outputs))
             layouts = None if layout is None or layouts is None else [*layouts, layout]
         found.append(layouts)
-    return found, certain
+    return found
 
 
 @dataclass
@@ -139,7 +136,7 @@ class _Asked:
     """A site, its rows, and those of the sum where they meet the examples, if all share them."""
 
     def __init__(self, graph: LayerGraph, site: Site, t: Tap) -> None:
-        self.rows, self.own, self.shared = t.rows, None, None
+        self.rows, self.device, self.own, self.shared = t.rows, graph.outputs.device, None, None
         if t.rows:  # otherwise routed by the data, and no example came this way
             self.own = _Place(t.edge, lambda g: t.cotangent(g).reshape(t.rows, -1))
             if (shared := graph.shared(site, t, len(graph.outputs))) is not None:
@@ -149,28 +146,21 @@ class _Asked:
     def places(self) -> list[_Place]:
         return [place for place in (self.own, self.shared) if place is not None]
 
-    def answer(self, B: int) -> tuple[Layout | None, bool]:
-        """The layout, None where it is none; and whether it is so for other data."""
+    def answer(self, B: int) -> Layout | None:
+        """The layout; None where it is none. What no cotangent reaches has no part in any gradient, and fits all."""
         own, R = self.own, self.rows
         if own is None:
-            return "batch first", False
-        device = None if own.owners is None else own.owners.device
-        if self.shared is not None and self.shared.fits(torch.arange(B, device=device)):
-            return "shared", _all_seen(self.shared, B)
+            return "batch first"
+        if self.shared is not None and self.shared.fits(torch.arange(B, device=self.device)):
+            return "shared"
         if not own.apart or R % B:
-            return None, True
-        numbers = torch.arange(R, device=device)
-        last = own.fits(numbers % B)
+            return None
+        numbers = torch.arange(R, device=self.device)
         if own.fits(numbers // (R // B)):
-            return "batch first", _all_seen(own, B) and (R == B or not last)
-        if last:
-            return "batch last", _all_seen(own, B)
+            return "batch first"
+        if own.fits(numbers % B):
+            return "batch last"
         assert own.owners is not None
         if torch.equal(own.owners.sort().values, numbers // (R // B)):
-            return Scattered(own.owners.argsort(stable=True).reshape(B, -1)), True
-        return None, False
-
-
-def _all_seen(place: _Place, B: int) -> bool:
-    """Whether something of every example arrived."""
-    return place.owners is not None and set(range(B)) <= set(place.owners.tolist())
+            return Scattered(own.owners.argsort(stable=True).reshape(B, -1))
+        return None
