@@ -37,10 +37,10 @@ def attention(
         )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = query.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf)
-    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[return-value]
+    return Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[return-value]
 
 
-class _Attention(Function):
+class Attention(Function):
     """`softmax(s Q Kᵀ + mask) V`. Saved with one axis for all heads: `(heads, T, E)`."""
 
     @staticmethod

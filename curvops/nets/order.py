@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvops.nets.attention import Attention
+from curvops.nets.elementwise import Elementwise
 from curvops.nets.layers import Node
 from curvops.nets.rules import signed
 
@@ -64,7 +66,7 @@ def _entering(
 ) -> Iterator[tuple[Edge, torch.Size, int | None]]:
     """The tensors that an operation made its result of, with their shapes and strides."""
     name, axis, within = type(node).__name__, -1, 0
-    rule = _RULES.get(name)
+    rule = _RULES.get(name) or _OWN.get(type(node))
     for slot, edge in enumerate(node.next_functions):
         parent, number = edge
         if parent is None or type(parent).__name__ == "AccumulateGrad":
@@ -282,7 +284,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         "Add", "AddBackward1", "Sub", "SubBackward1", "Rsub", "RsubBackward1", "Mul", "MulBackward1", "Div",
         "DivBackward1", "Pow", "PowBackward1", "PowBackward2", "Minimum", "Maximum", "Fmin", "Fmax", "Where", "Lerp",
         "LerpBackward1", "Addcmul", "Addcdiv", "Atan2", "Hypot", "Xlogy", "PreluKernel", "MaskedFill", "Clamp",
-        "ClampBackward1", "ClampMin", "ClampMax", "Expand", "ElementwiseBackward",
+        "ClampBackward1", "ClampMin", "ClampMax", "Expand",
         # of one
         "Abs", "Neg", "Exp", "Exp2", "Expm1", "Log", "Log10", "Log1P", "Log2", "Sqrt", "Rsqrt", "Reciprocal", "Sin",
         "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Tanh", "Sigmoid", "Logit",
@@ -320,9 +322,11 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     _batch_norm: _nodes("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"),
     _attention: _nodes(
         "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention",
-        "ScaledDotProductCudnnAttention", "_AttentionBackward",
+        "ScaledDotProductCudnnAttention",
     ),
     _cell: _nodes("ThnnFusedLstmCell", "ThnnFusedGruCell"),
     _lookup: _nodes("Embedding"),
 }  # fmt: skip
 _RULES = {name: rule for rule, names in _TABLE.items() for name in names}
+_OWN: dict[type, Rule] = {Elementwise._backward_cls: _broadcast, Attention._backward_cls: _attention}
+"""This library's functions, by their nodes: names are anybody's."""

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 from untouched import untouched
 
@@ -123,6 +124,17 @@ def _time_first(m, x):
     return m.head(torch.tanh(m.body(x.transpose(0, 1)))).sum(0)
 
 
+class Cube(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
 def _shared_rows(m, x):  # a projection of a constant, broadcast to the examples
     grid = torch.linspace(-1, 1, 6, dtype=x.dtype, device=x.device).reshape(3, 2)
     return m.head(torch.tanh(x + m.project(grid).unsqueeze(0))).sum(1)
@@ -140,6 +152,24 @@ EXTRA = {
     "frames": (Model(_frames, conv=nn.Conv2d(2, 3, 2), head=nn.Linear(3, 2)), (5, 3, 2, 3, 3)),
     "time-first": (Model(_time_first, body=nn.Linear(3, 4), head=nn.Linear(4, 2)), (5, 3, 3)),
     "shared-rows": (Model(_shared_rows, project=nn.Linear(2, 3), head=nn.Linear(3, 2)), (5, 3, 3)),
+    "own-function": (
+        Model(
+            lambda m, x: m.head(Cube.apply(m.body(x.transpose(0, 1)) + m.position).transpose(0, 1)).sum(1),
+            body=nn.Linear(3, 4),
+            position=(3, 1, 4),
+            head=nn.Linear(4, 2),
+        ),
+        (5, 3, 3),
+    ),
+    "own-function-positions": (
+        Model(
+            lambda m, x: m.head(Cube.apply(m.token(x) + m.position(torch.arange(x.shape[1], device=x.device)))).sum(1),
+            token=nn.Embedding(5, 3),
+            position=nn.Embedding(4, 3),
+            head=nn.Linear(3, 2),
+        ),
+        4,
+    ),
     "einsum": (Model(lambda m, x: torch.einsum("bti,io->bo", x, m.W), W=(3, 2)), (5, 3, 3)),
     "left-product": (Model(lambda m, x: torch.tanh(m.W @ x.T).T, W=(2, 3)), (5, 3)),
     "scaled-bias": (Model(lambda m, x: x * m.s + m.b, s=(3,), b=(3,)), (5, 3)),
@@ -176,7 +206,7 @@ EXTRA = {
         (5, 3, 4),
     ),
 }
-FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4}
+FALLBACK = {"weight-norm": 3, "bilinear": 1, "routed": 4, "own-function": 1}
 
 
 @pytest.mark.parametrize("name", EXTRA)

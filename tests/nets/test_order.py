@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge
 
 from curvops.nets.forward import Network
@@ -90,7 +91,18 @@ ALONG_EXAMPLES = {
     "halves exchanged in place": lambda x: _exchanged(x.clone()),
     "attention over examples": lambda x: _attended(x.transpose(0, 1)).transpose(0, 1),
     "scaled by the largest": lambda x: x / x.max(),
+    "by a function named as one of the library's": lambda x: Elementwise.apply(x),
 }
+
+
+class Elementwise(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.flip(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.flip(0)
 
 
 def _exchanged(h: Tensor) -> Tensor:
