@@ -4,7 +4,7 @@ The outputs hold the examples along their first axis. From there the graph is fo
 the other: a view leaves all entries where they are, a permutation moves whole axes, a matrix product takes the rows of
 its first factor, a sum brings back an axis. So it is known in which order the rows of a layer hold the examples, and
 that no row is shared by two: for this batch, whatever its size, without a pass. An operation that is not in the table,
-or works along the examples' axis, ends the matter; then it is found out otherwise, see `ownership`.
+or works along the examples' axis, ends the matter; then passes over the batch find it out, see `ownership`.
 
 Everything is said by one number per tensor: the *stride* of the examples, how many entries lie from one example's to
 the next one's, in the tensor's own row-major order (it has nothing to do with memory).

@@ -9,7 +9,8 @@ it, and off what the operation saved, the terms of which the per-example gradien
     direct   Σ_t r_t                norm layers, scales, positional parameters: r_t read off g and the input
 
 To teach the library a new operation, write a rule and enter it in `RULES` under the name that the graph gives the
-operation (`f.grad_fn.name()`). A site without a rule sends its parameter to the exact fallback of `capture`.
+operation (`f.grad_fn.name()`). A site without a rule sends its parameter to the exact fallback of `capture`. What an
+operation does to the order of the examples is told in another table, that of `order`.
 """
 
 from __future__ import annotations
