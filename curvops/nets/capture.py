@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Set
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -67,25 +68,26 @@ class Layers:
         then see what the first one saw."""
         self.bytes_per_example = 0
         """Bytes that the kept graph takes per example; 0 before a batch was learned."""
-        # Batches whose examples were seen not to depend on each other: what one takes, and of how many operations.
-        self._independent: dict[tuple[object, int], tuple[int, int]] = {}
+        # Bytes by the kind of examples; and operations of batches whose examples were seen not to depend on each other.
+        self._bytes: dict[object, int] = {}
+        self._independent: dict[tuple[object, int], int] = {}
         self._waiting: _Witnesses | None = None
 
     def learn(self, x: Inputs, size: int) -> None:
         """Look at a few examples of a batch of `size` by themselves: what one takes, and its outputs, which `capture`
         compares with those among all. Once for batches of one shape.
         """
-        kind, self._waiting = (_example_shapes(x, size), size), None
-        if kind in self._independent:
-            self.bytes_per_example = self._independent[kind][0]
+        kind, self._waiting = _example_shapes(x, size), None
+        if (kind, size) in self._independent or (size == 1 and kind in self._bytes):
+            self.bytes_per_example = self._bytes[kind]
             return
         # Not the first one: examples that depend on a neighbour have another one here than among all.
         start = min(1, size - 1)
         stop = min(size, start + WITNESSES)
         few = Capture(self, _copied(take(x, start, stop, size)))
-        self.bytes_per_example = few.graph_bytes // (stop - start)
+        self.bytes_per_example = self._bytes[kind] = few.graph_bytes // (stop - start)
         if size > 1:
-            self._waiting = _Witnesses(kind, few.outputs, x, start, stop)
+            self._waiting = _Witnesses((kind, size), few.outputs, x, start, stop)
 
     def capture(self, x: Inputs, size: int) -> Capture:
         """One forward over a batch of `size`, or a chunk of the learned one, ready to be asked for factors.
@@ -100,15 +102,16 @@ class Layers:
         batch = Capture(self, x)
         if few is not None:
             self._compare(few, batch.outputs)
-            self._independent[few.kind] = self._independent[kind] = self.bytes_per_example, batch.operations
-        elif self._independent.setdefault(kind, (self.bytes_per_example, batch.operations))[1] != batch.operations:
+            self._independent[few.kind] = self._independent[kind] = batch.operations
+        elif self._independent.setdefault(kind, batch.operations) != batch.operations:
             self._require_alone(x, size, batch)  # the forward does something else with this batch
-        layouts = layouts_by_order(batch)
+        layouts, guessed = layouts_by_order(batch), frozenset()
         if layouts is None:
-            layouts = layouts_by_pass(batch)
+            layouts, guessed = layouts_by_pass(batch)
             if not all(found is not None and all(isinstance(a, str) for a in found) for found in layouts):
                 self._require_alone(x, size, batch)  # examples that meet, or lie elsewhere, may depend on each other
         batch.read(layouts)
+        batch.guessed = guessed
         return batch
 
     def _compare(self, few: _Witnesses, outputs: Tensor) -> None:
@@ -140,6 +143,7 @@ class Capture(LayerGraph):
     Attributes:
         outputs: f, detached.
         fallback: Positions of the parameters that no rule covers.
+        guessed: Positions of those where it is guessed whose some inputs are: of rows that no gradient goes through.
     """
 
     def __init__(self, layers: Layers, x: Inputs) -> None:
@@ -151,6 +155,7 @@ class Capture(LayerGraph):
         self._values: dict[tuple[int, int], Tensor | Made] = {}
         self._by_position: dict[tuple[int, int], Made] = {}
         self.fallback: list[int] = []
+        self.guessed: Set[int] = frozenset()
 
     @property
     def unused(self) -> list[int]:

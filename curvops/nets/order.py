@@ -36,7 +36,7 @@ class _Unknown(Exception):
 
 
 def example_strides(f: Tensor) -> Strides | None:
-    """The stride of the examples in every tensor behind `f`, whose first axis they are; leaves are left out.
+    """The stride of the examples in every tensor behind `f`, whose first axis they are, at least two; without leaves.
 
     Returns:
         None where an operation is not known, works along the examples' axis, or a tensor would have two strides.
@@ -46,6 +46,8 @@ def example_strides(f: Tensor) -> Strides | None:
     if f.grad_fn is None:
         return {}
     B = f.shape[0]
+    if B < 2:
+        return None
     found: Strides = {(f.grad_fn, f.output_nr): f.numel() // B}
     pending: list[tuple[Node, torch.Size, int | None]] = [(f.grad_fn, f.shape, f.numel() // B)]
     try:
@@ -171,6 +173,22 @@ def _unfold(at: _At) -> int:
     return at.axis
 
 
+def _index(at: _At) -> int:
+    """Entries by number, along axes next to each other: behind the examples', or one for each of them in turn."""
+    indices = at.node._saved_indices
+    used = [i for i, index in enumerate(indices) if index is not None]
+    if used != list(range(used[0], used[-1] + 1)):
+        raise _Unknown
+    if at.axis < used[0]:
+        return at.axis
+    if at.axis or any(indices[i].shape != (at.shape[0],) or indices[i].dtype == torch.bool for i in used):
+        raise _Unknown
+    in_turn = [i for i in used if indices[i].tolist() == list(range(at.shape[0]))]
+    if len(in_turn) != 1:
+        raise _Unknown
+    return in_turn[0]
+
+
 def _pad(at: _At) -> int:
     pad = at.node._saved_pad  # two numbers per axis, from the last one on
     if any(pad[2 * (len(at.shape) - 1 - at.axis) :][:2]):
@@ -294,15 +312,17 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     ),
     _along_others: _nodes(
         "Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Flip", "Roll", "Glu", "Slice", "Cat", "Split",
-        "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes",
+        "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Gather", "IndexSelect", "Sort", "Topk", "Cummax",
+        "Cummin",
     ),
     _reduction: _nodes(
         "SumBackward1", "MeanBackward1", "Nansum", "Amax", "Amin", "Max", "Min", "MedianBackward1", "ProdBackward1",
-        "Logsumexp", "LinalgVectorNorm", "Std", "Var", "StdMean", "VarMean",
+        "Logsumexp", "LinalgVectorNorm", "Std", "Var", "StdMean", "VarMean", "Kthvalue", "Mode",
     ),
     _taken_apart: _nodes("Select", "Unbind"),
     _stack: _nodes("Stack"),
     _unfold: _nodes("Unfold"),
+    _index: _nodes("Index"),
     _pad: _nodes("ConstantPadNd"),
     _repeat: _nodes("Repeat"),
     _transpose: _nodes("Transpose", "TransposeBackward1"),

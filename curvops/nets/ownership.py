@@ -3,8 +3,8 @@
 Operations see rows, and whose they are is not written anywhere: an example's rows may follow each other, or lie one by
 one between those of the others, or anywhere, or be shared by all. Mostly the operations show it, see `order`. Otherwise
 it is found out by two cotangents or three: random ones of all examples, and the same with each example's scaled by a
-power of two of its own. A row that arrives scaled is the example's of that power, exactly; one that arrives bent
-belongs to several.
+power of two of its own. A row that arrives scaled is the example's of that power; one that arrives bent belongs to
+several; and of one where nothing arrives it is a guess.
 """
 
 from __future__ import annotations
@@ -68,21 +68,27 @@ def _placed(graph: LayerGraph, strides: Strides, site: Site, t: Tap) -> Layout |
     return "batch last" if stride * t.rows == entries else None
 
 
-def layouts_by_pass(graph: LayerGraph) -> Layouts:
-    """The layouts that scaled cotangents show, for this batch.
+def layouts_by_pass(graph: LayerGraph) -> tuple[Layouts, frozenset[int]]:
+    """The layouts that scaled cotangents show, for this batch; and of which parameters they are partly guessed.
+
+    Rows that no cotangent reaches (behind a ReLU at zero, of a token that is not read) have no part in any gradient,
+    and nobody's name on them. Where an example has none but such, or the others fit two layouts, it is a guess whose
+    they are.
 
     Cost: two backwards of one column for up to 32 examples, three for up to 1,024.
     """
     asked = [[None if t is None else _Asked(graph, site, t) for site, t in pairs] for pairs in graph.taps()]
     _find_owners(graph, [place for some in asked for a in some if a is not None for place in a.places])
     found: Layouts = []
-    for some in asked:
+    guessed: set[int] = set()
+    for i, some in enumerate(asked):
         layouts: list[Layout] | None = []
         for a in some:
-            layout = None if a is None else a.answer(len(graph.outputs))
+            layout, sure = (None, True) if a is None else a.answer(len(graph.outputs))
             layouts = None if layout is None or layouts is None else [*layouts, layout]
+            guessed |= set() if sure else {i}
         found.append(layouts)
-    return found
+    return found, frozenset(guessed)
 
 
 @dataclass
@@ -146,21 +152,27 @@ class _Asked:
     def places(self) -> list[_Place]:
         return [place for place in (self.own, self.shared) if place is not None]
 
-    def answer(self, B: int) -> Layout | None:
-        """The layout; None where it is none. What no cotangent reaches has no part in any gradient, and fits all."""
+    def answer(self, B: int) -> tuple[Layout | None, bool]:
+        """The layout, None where it is none; and whether that is no guess."""
         own, R = self.own, self.rows
         if own is None:
-            return "batch first"
+            return "batch first", True
         if self.shared is not None and self.shared.fits(torch.arange(B, device=self.device)):
-            return "shared"
+            return "shared", True
         if not own.apart or R % B:
-            return None
+            return None, True
         numbers = torch.arange(R, device=self.device)
+        owners = -torch.ones_like(numbers) if own.owners is None else own.owners
+        counts = owners[owners >= 0].bincount(minlength=B)
+        all_seen = bool((counts[:B] > 0).all())
+        last = own.fits(numbers % B)
         if own.fits(numbers // (R // B)):
-            return "batch first"
-        if own.fits(numbers % B):
-            return "batch last"
-        assert own.owners is not None
-        if torch.equal(own.owners.sort().values, numbers // (R // B)):
-            return Scattered(own.owners.argsort(stable=True).reshape(B, -1))
-        return None
+            return "batch first", all_seen and (R == B or not last)
+        if last:
+            return "batch last", all_seen
+        missing = R // B - counts
+        if len(counts) > B or bool((missing < 0).any()):
+            return None, True
+        owners = owners.clone()
+        owners[owners < 0] = torch.arange(B, device=self.device).repeat_interleave(missing)
+        return Scattered(owners.argsort(stable=True).reshape(B, -1)), not bool(missing.any())

@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from untouched import untouched
 
 from curvops.curvature.matrixfree import GGN, MCFisher
@@ -227,7 +228,54 @@ def kfac_of_linear_layers(p: Problem, approx: str) -> list[Tensor]:
     return blocks
 
 
+class Unknown(Function):
+    """The identity, of which nothing is known."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class TimesFirst(nn.Module):
+    """Reads one position of each example, which its first entry names, from rows that hold the examples one by one."""
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.known = nn.Linear(2, 3), nn.Linear(3, 2), known
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.transpose(0, 1)))
+        h = h if self.known else Unknown.apply(h)
+        return self.b(h.gather(0, x[:, :1, :1].long().transpose(0, 1).expand(1, len(x), 3))[0])
+
+
 class TestKFAC:
+    @pytest.mark.parametrize("last", [(1, 5), (0, 5), (5, 1), (3, 3), (2, 2)])
+    @pytest.mark.parametrize("options", [{}, {"approx": "reduce"}, {"y": [1, -100]}, {"y": [-100, 0]}], ids=str)
+    def test_what_is_guessed_of_rows_without_gradient_enters_no_mean(self, last, options):
+        y, approx = torch.tensor(options.get("y", [1, 0])), options.get("approx", "expand")
+        guarded = bool(options)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
+        x[:, 0, 0] = torch.tensor(last)
+        known, unknown = (TimesFirst(known).double() for known in (True, False))
+        unknown.load_state_dict(known.state_dict())
+        nll = reference.problem_nll(problem("mlp-ignored"))
+        exact = reference.ggn(known, nll, x, y)[:6, :6].diagonal()
+        expected = KFAC(known, "classification", (x, y), approx=approx).blocks
+        got = KFAC(unknown, "classification", (x, y), approx=approx).blocks
+        check(got[2].to_dense(), expected[2].to_dense())
+        weight = got[0].to_dense()
+        if "Diagonal" in got[0].describe():
+            assert guarded
+            check(weight.diagonal(), exact)
+        else:
+            check(weight, expected[0].to_dense())
+
     @pytest.mark.parametrize("approx", ["expand", "reduce"])
     @pytest.mark.parametrize(
         "name",

@@ -218,7 +218,7 @@ class Examples:
 
         with self.hooked(self.library.operations.OP_BATCH_GRADS) as context:
             f = self._forward(start, stop, context)
-            if f.requires_grad and example_strides(f) is None:
+            if f.requires_grad and self._open(f, context):
                 self._compare(context, f)
             self._propagate(context, f, u, each)
 
@@ -244,11 +244,12 @@ class Examples:
 
         with self.hooked(names.OP_COV_DIAG, *apart) as context:
             f = self._forward(start, stop, context)
+            settled = not self._apart or not self._open(f, context)
             self._propagate(context, f, u, each)
             for i, (owner, module) in enumerate(zip(self.owners, self.modules, strict=True)):
                 if module not in self._apart:
                     sums[i] = (context.cov_diag(module) or {}).get(owner.role)
-        if self._apart and example_strides(f) is None:
+        if not settled:
             self.visit(start, stop, u[..., :0], lambda _: None)  # compares rows with autograd
         like = self.selection.tensors[0]
         parts = [
@@ -313,6 +314,12 @@ class Examples:
                     f"for {stop - start} data, and {provenance()} takes rows for data; {self.way_out}"
                 )
         return f
+
+    def _open(self, f: Tensor, context: Any) -> bool:
+        """Whether operations and shapes leave open that layers' rows hold the data in order."""
+        size = len(f)
+        inputs = [given for module in self.modules for given in context.in_data(module) or []]
+        return size > 1 and (example_strides(f) is None or any(size in given.shape[1:-1] for given in inputs))
 
     def _propagate(
         self, context: Any, f: Tensor, u: Tensor, each: Callable[[Any], object], *, keep: bool = False

@@ -7,7 +7,7 @@ per-example gradients of every parameter in factors. What is summed from them is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class Step:
         outputs: f of the examples.
         moment: Σ g gᵀ `(C, C)` over the examples' positions and all of their columns, where those have been summed
             already: g of the factors, which are the last layer's, is one column of zeros.
+        guessed: Parameters where it is guessed of which examples some inputs are, whose gradients are zero.
     """
 
     factors: list[Factors | None]
@@ -64,6 +65,7 @@ class Step:
     outputs: Tensor
     moment: Tensor | None = None
     hold: int = 1
+    guessed: Set[int] = frozenset()
 
 
 class LayerPass:
@@ -161,7 +163,8 @@ class LayerPass:
                     moment = some.root.moment() if summed else None
                     if moment is not None:
                         zero = moment.new_zeros(()).expand(*capture.outputs.shape, 1)
-                        yield Step(capture.factors(zero, place), active, True, True, capture.outputs, moment)
+                        factors = capture.factors(zero, place)
+                        yield Step(factors, active, True, True, capture.outputs, moment, guessed=capture.guessed)
                         continue
                     # The head's columns are there already; others are pulled back as many at a time as suits.
                     there = place == "head" and not some.apart and some.signs is None
@@ -173,7 +176,8 @@ class LayerPass:
                         factors = capture.factors(U, place, last=final)
                         if final:
                             capture.release()  # what the factors are made of is theirs alone
-                        yield Step(factors, active, i == 0, last, capture.outputs, hold=hold)
+                        guessed = capture.guessed
+                        yield Step(factors, active, i == 0, last, capture.outputs, hold=hold, guessed=guessed)
             finally:
                 capture.release()
             start += count

@@ -20,7 +20,7 @@ from curvops.curvature.structured.moments import Moments
 from curvops.curvature.structured.statistics import Approx, Fallback, Statistics, has_pairs
 from curvops.curvature.structured.units import ApartError, Unit, WeightAndBias, units_of
 from curvops.errors import UnsupportedError, UnsupportedLayerError
-from curvops.nets.factors import Factors
+from curvops.nets.factors import Factors, Lookup, Outer
 from curvops.nets.parameters import ParameterSelection
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
@@ -224,7 +224,7 @@ class Sums:
                     return False
                 if factors is None:
                     continue
-                exact = part.positions in self._exact or not has_pairs(factors)
+                exact = part.positions in self._exact or not has_pairs(factors) or self._guesses(part, factors, step)
                 if moments.knows(number) if exact else total.exact is not None:
                     self._exact.add(part.positions)
                     return False
@@ -240,6 +240,14 @@ class Sums:
         for number, pairs in moments.pairs().items():
             every[number][1].pairs = pairs
         return True
+
+    def _guesses(self, part: Unit, factors: Factors, step: Step) -> bool:
+        """Whether a mean over inputs would depend on a guess of whose some are: their gradients do not."""
+        return (
+            not step.guessed.isdisjoint(part.positions)
+            and (self.choice.approx == "reduce" or not bool(step.active.all()))
+            and any(isinstance(p, Outer | Lookup) for p in factors.parts)
+        )
 
     def _refuse(self, part: Unit) -> None:
         if self.choice.fallback == "raise":
