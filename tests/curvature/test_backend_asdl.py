@@ -173,6 +173,30 @@ def test_jacobians_and_gradients_against_oracles(p: problems.Problem) -> None:
     assert reference.relative_error(loss * backend.factor, nll(f, y)) < 1e-12
 
 
+class Turned(nn.Module):
+    """Has positions first where there are more than three data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.transpose(0, 1))).transpose(0, 1) if len(x) > 3 else torch.tanh(self.a(x))
+        return self.b(h.sum(1))
+
+
+@peers
+@pytest.mark.parametrize("cls", [AsdlGGN, AsdlEF])
+def test_as_many_positions_as_data_are_compared_on_all(cls: type) -> None:
+    model = Turned().double()
+    x, y = torch.randn(4, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 2
+    backend = cls(model, "classification")
+    calls = [lambda: backend.jacobians(x), lambda: backend.gradients(x, y), lambda: backend.diag(x, y)[1].diagonal()]
+    for call in calls:
+        with pytest.raises(UnsupportedError, match="another order"):
+            call()
+
+
 @peers
 @pytest.mark.parametrize("p", [p for p in ALL if p.name != "subnetwork"], ids=lambda p: p.name)
 def test_factors_are_those_of_the_native_engine(p: problems.Problem) -> None:

@@ -15,7 +15,8 @@ class KFAC(Factored):
 
     A weight of a layer that computes `W a` has the block B ⊗ A, its bias B; an embedding (num, dim) A ⊗ B, A diagonal;
     grouped convolutions have one product per group. All uses of a parameter enter its factors. A parameter that is no
-    factor of a product (norm layers, scales, whatever no rule covers) has an exact block.
+    factor of a product (norm layers, scales, whatever no rule covers) has an exact block; so has one
+    where it is not certain whose some of its inputs are, if not all count alike (ignored targets, approx="reduce").
 
     Args:
         model, likelihood, data, options: As for `GGN`; `params` by flat indices is refused.
