@@ -272,6 +272,9 @@ class TestKFAC:
         weight = got[0].to_dense()
         if "Diagonal" in got[0].describe():
             assert guarded
+            assert "not certain whose" in got[0].describe()
+            with pytest.raises(UnsupportedLayerError, match="open whose they are"):
+                KFAC(unknown, "classification", (x, y), approx=approx, fallback="raise").trace()
             check(weight.diagonal(), exact)
         else:
             check(weight, expected[0].to_dense())

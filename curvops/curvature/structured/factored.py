@@ -173,6 +173,7 @@ class Sums:
         self._lock = threading.Lock()
         self._apart: set[tuple[int, ...]] = set()
         self._exact: set[tuple[int, ...]] = set()
+        self._guessed: set[tuple[int, ...]] = set()
         self._found: list[list[Statistics]] | None = None
 
     def statistics(self) -> list[list[Statistics]]:
@@ -195,6 +196,8 @@ class Sums:
         positions = self.units[number].positions
         notes = [self.passes.note(self.objective.selection.names[i]) for i in positions]
         notes.append("weight and bias apart" if positions in self._apart else None)
+        guessed = any(set(part).issubset(positions) for part in self._guessed)
+        notes.append("exact, since it is not certain whose some inputs are" if guessed else None)
         return ", ".join(dict.fromkeys(filter(None, notes))) or None
 
     def _computed(self) -> list[list[Statistics]]:
@@ -224,7 +227,9 @@ class Sums:
                     return False
                 if factors is None:
                     continue
-                exact = part.positions in self._exact or not has_pairs(factors) or self._guesses(part, factors, step)
+                if self._guesses(part, factors, step):
+                    self._guessed.add(part.positions)
+                exact = not has_pairs(factors) or part.positions in self._exact | self._guessed
                 if moments.knows(number) if exact else total.exact is not None:
                     self._exact.add(part.positions)
                     return False
@@ -252,9 +257,11 @@ class Sums:
     def _refuse(self, part: Unit) -> None:
         if self.choice.fallback == "raise":
             name = self.objective.selection.names[part.positions[0]]
+            open_owners = "not all inputs count alike, and through some goes no gradient: it is open whose they are"
+            why = f" ({open_owners})" if part.positions in self._guessed else ""
             raise UnsupportedLayerError(
-                f"KFAC has no factors for the parameter {name!r} of {module_of(self.objective.network.module, name)}; "
-                "pass fallback='diag' or 'full' for an exact block there, or leave it out with params=[…]"
+                f"KFAC has no factors for the parameter {name!r} of {module_of(self.objective.network.module, name)}"
+                f"{why}; pass fallback='diag' or 'full' for an exact block there, or leave it out with params=[…]"
             )
 
 
