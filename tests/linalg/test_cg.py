@@ -59,7 +59,7 @@ class TestPrescribedSpectra:
             assert float(true_residual(A, X, B).max()) <= 1e-10
             counts.append(report.iterations)
         assert counts[0] <= limit
-        assert max(counts) - min(counts) <= 2
+        assert max(counts) <= 1.1 * min(counts)  # the scales are no powers of two, and round otherwise
 
     def test_scaling_the_right_hand_side_by_a_power_of_two_changes_no_bit(self, dtype: torch.dtype) -> None:
         M = matrix(log_spectrum(P, 100.0)).to(dtype)
