@@ -25,7 +25,7 @@ _SMALL = 4096
 """Tensors up to this many entries are copied rather than summed."""
 
 _COPIED = 2**18
-"""Entries up to which all of them are copied, until there is something to compare with."""
+"""Entries of all tensors together up to which all of them are copied."""
 
 _STRIDES = (1024, 1021)
 """Two coprime strides: a change or a permutation that keeps every sum at both is no accident."""
@@ -72,7 +72,7 @@ class Watch:
         tensors: Name → tensor of the batches handed in as tensors.
 
     Building reads the parameters and buffers once (about 0.1 ms per million float32 entries on one core) and copies
-    O(1) of them, or all of a small model until they are first compared; of the data nothing is read.
+    O(1) of them, or all of a small model; of the data nothing is read.
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[tuple[str, Tensor]] = ()) -> None:
@@ -144,11 +144,12 @@ class Watch:
 class Content:
     """What some tensors hold, remembered in O(1) memory per large tensor.
 
-    Small tensors are copied. Of large ones, the bit patterns, read as integers, are summed exactly (modulo 2^bits) over
-    all entries with the same position modulo 1024 and modulo 1021: any single change shows, and so does a permutation.
+    Small tensors are copied, and all where they are few entries. Of large ones, the bit patterns, read as integers, are
+    summed exactly (modulo 2^bits) over all entries with the same position modulo 1024 and modulo 1021: any single
+    change shows, and so does a permutation.
 
     Cost: one read of every tensor, to build and to compare; two calls for each large one and two for all together.
-    Where all of them have few entries, they are copied first, a third of the work, and summed when they are compared.
+    Copies are laid out for that when they are compared for the first time, which mostly never happens.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -157,7 +158,8 @@ class Content:
         self._copies: list[Tensor] | None = None
         self._resized: list[int] = []
         with torch.no_grad():
-            if sum(t.numel() for t in tensors) <= _COPIED:
+            self._small = _COPIED if sum(t.numel() for t in tensors) <= _COPIED else _SMALL
+            if self._small == _COPIED:
                 self._copies = [t.detach().clone() for t in tensors]
             else:
                 self._keep(tensors)
@@ -171,7 +173,7 @@ class Content:
             moved = [i for i, t in enumerate(self._tensors) if self._views[i].key != _key(t)]
             if moved:
                 for i in moved:
-                    self._views[i] = _Bits(self._tensors[i])
+                    self._views[i] = _Bits(self._tensors[i], self._small)
                 pairs = enumerate(zip(self._views, self._sizes, strict=True))
                 self._resized = [i for i, (bits, size) in pairs if bits.size != size]
                 if not self._resized:
@@ -186,7 +188,7 @@ class Content:
 
     def _keep(self, tensors: Sequence[Tensor]) -> None:
         """Remember what these hold."""
-        self._views = [_Bits(t) for t in tensors]
+        self._views = [_Bits(t, self._small) for t in tensors]
         self._sizes = [bits.size for bits in self._views]
         self._arrange()
         self._kept = [digest.read().clone() for digest in self._digests]
@@ -259,6 +261,9 @@ class _Size(NamedTuple):
 class _Bits:
     """A tensor's bits as integers, in views that stay valid for as long as it lies where it does.
 
+    Args:
+        small: Entries up to which they are compared one by one.
+
     Attributes:
         key: Where and how it lies.
         size: What it is as integers.
@@ -267,7 +272,7 @@ class _Bits:
         width: The sums' integers. Wrap-around is exact and free of order, hence the same for any number of threads.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, small: int) -> None:
         self.key = _key(tensor)
         t = tensor.detach()
         if t.layout != torch.strided:
@@ -277,7 +282,7 @@ class _Bits:
         bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
         self.size = _Size(bits.dtype, bits.numel(), bits.device)
         self.width = bits.dtype if bits.element_size() >= 4 else torch.int64
-        if bits.numel() <= _SMALL:
+        if bits.numel() <= small:
             self.whole, self.rows = [bits], []
             return
         ends = [bits.numel() // stride * stride for stride in _STRIDES]

@@ -49,6 +49,9 @@ class Diagonal(LinearOperator):
 
         return Eigen(Identity(self.shape[0], self.dtype, self.device), self.d)
 
+    def _diagonal(self) -> Tensor:
+        return self.d.clone()
+
     def _dense(self) -> Tensor:
         return torch.diag(self.d)
 
