@@ -181,10 +181,14 @@ class Shift:
         return Shift(self.g[:, rows])
 
     def multiplied_out(self) -> Float[Tensor, "K B p"]:
-        return self.g.sum(2)
+        return self.g[:, :, 0] if self.positions == 1 else self.g.sum(2)
 
     def squares(self) -> Float[Tensor, " p"]:
         return self.multiplied_out().square().sum((0, 1))
+
+    def squared_product(self, g_squared: Float[Tensor, "B 1 O"]) -> Float[Tensor, " p"]:
+        """Σ_n g²_n, for one position and squares summed over the columns."""
+        return g_squared.sum(0).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,13 @@ class Direct:
 
 
 Part: TypeAlias = "Outer | Pooled | Lookup | Shift | Direct"
+
+
+def identity(t: Tensor | Made) -> object:
+    """What tells an operand from the others that are alive."""
+    if isinstance(t, Made):
+        return id(t)
+    return t.data_ptr(), t.shape, t.squeeze().stride()  # axes of one entry have any stride
 
 
 def _side_by_side(columns: Sequence[Float[Tensor, "B T G O"]]) -> Float[Tensor, "BG T KO"]:

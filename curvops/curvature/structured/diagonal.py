@@ -17,7 +17,7 @@ from curvops.curvature.matrixfree.hessian import Hessian
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.objective import Objective, Options
 from curvops.linalg.results import EstimateReport
-from curvops.nets.squares import SquareSum
+from curvops.nets.squares import SquareSums
 from curvops.operators.base import LinearOperator
 from curvops.operators.deferred import Deferred
 from curvops.operators.diagonal import Diagonal
@@ -55,17 +55,13 @@ class _GaussNewtonDiagonal(_DataDiagonal):
         exact = self.cotangents.fisher == "exact"
         layers = LayerPass(self.objective, self.cotangents, stacked=exact, narrow=True)
         selection = self.objective.selection
-        sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
+        sums = SquareSums(selection.sizes, selection.tensors[0])
         with torch.no_grad():
             for step in layers:
-                for total, factors in zip(sums, step.factors, strict=True):
-                    if factors is not None:
-                        total.add(factors, hold=step.hold)
-                    if step.last:
-                        total.flush()
+                sums.add(step.factors, hold=step.hold, last=step.last)
         if layers.fallback:
             self.note = f"per-example rows for {', '.join(layers.fallback)}"
-        return Diagonal(selection.gather(torch.cat([total.value for total in sums])))
+        return Diagonal(selection.gather(torch.cat(sums.values)))
 
 
 class DiagonalGGN(_GaussNewtonDiagonal):

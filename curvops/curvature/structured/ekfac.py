@@ -80,7 +80,7 @@ class _Basis:
         rows = whole.unflatten(-1, (n, -1))
         rows = rows if self.one is None else self.one[0].T @ rows
         rows = rows if self.two is None else rows @ self.two[0]
-        self.squares.value += rows.square().sum((0, 1)).reshape(-1)
+        self.squares.add_squares(rows.square().sum((0, 1)).reshape(-1))
 
     def operator(self) -> LinearOperator:
         """`Q diag(λ) Qᵀ`, one for each group."""

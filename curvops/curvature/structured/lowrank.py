@@ -19,7 +19,7 @@ from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.errors import NotPositiveDefiniteError, UnsupportedError
 from curvops.linalg.nystrom import nystrom
 from curvops.nets.mixing import DependentExamplesError
-from curvops.nets.squares import SquareSum
+from curvops.nets.squares import SquareSums
 from curvops.operators.base import LinearOperator
 from curvops.operators.functionspace import MAX_ROWS
 from curvops.operators.lowrank import LowRank
@@ -96,17 +96,13 @@ def exact_trace(H: LinearOperator) -> float:
         return float(H.trace())
     assert isinstance(H, GaussNewton)
     selection = H.objective.selection
-    sums = [SquareSum(size, selection.tensors[0]) for size in selection.sizes]
+    sums = SquareSums(selection.sizes, selection.tensors[0])
     try:
         for step in LayerPass(H.objective, cotangents, report_unused=False):
-            for total, factors in zip(sums, step.factors, strict=True):
-                if factors is not None:
-                    total.add(factors)
-                if step.last:
-                    total.flush()
+            sums.add(step.factors, hold=step.hold, last=step.last)
     except DependentExamplesError:
         return float(H.trace())
-    return sum(float(total.value.sum(dtype=torch.float64)) for total in sums)
+    return sum(float(total.sum(dtype=torch.float64)) for total in sums.values)
 
 
 def _of_the_gram(H: LinearOperator, gram: LinearOperator | None) -> tuple[Tensor, Callable[[int], Tensor]]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvops.curvature.structured.statistics import Approx, Pair
-from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift
+from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift, identity
 
 PANEL = 64
 """Rows of a panel of a symmetric product."""
@@ -133,7 +133,7 @@ class Moments:
                 together = self.approx == "reduce" and not isinstance(part, Lookup)
                 use = (number, _kind(part))
                 g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
-                outputs.setdefault((_identity(g), together), (g, together, []))[2].append(use)
+                outputs.setdefault((identity(g), together), (g, together, []))[2].append(use)
                 if use not in self._flipped:
                     self._flipped[use] = part.flipped if isinstance(part, Outer) else isinstance(part, Lookup)
                     self._terms[use] = 0.0
@@ -144,7 +144,7 @@ class Moments:
                 weight = weights[part.positions]
                 self._terms[use] += weight.examples if together else weight.positions
                 if isinstance(part, Outer):
-                    inputs.setdefault(_identity(part.inputs), (part.inputs, weight, together, []))[3].append(use)
+                    inputs.setdefault(identity(part.inputs), (part.inputs, weight, together, []))[3].append(use)
                 if isinstance(part, Lookup):
                     counts = self._counts.setdefault(use, part.g.new_zeros(part.size))
                     counts.index_add_(0, part.index.reshape(-1), weight.each.reshape(-1))
@@ -191,13 +191,6 @@ def _kind(part: Outer | Lookup | Shift) -> object:
     return ("lookup",) if isinstance(part, Lookup) else ("shift", part.g.shape[3:])
 
 
-def _identity(t: Tensor | Made) -> object:
-    """What tells a tensor from the others that are alive."""
-    if isinstance(t, Made):
-        return id(t)
-    return t.data_ptr(), t.shape, t.squeeze().stride()  # axes of one entry have any stride
-
-
 class _Weight:
     """What counts. Positions in step with those of the targets follow them one by one.
 
@@ -239,7 +232,7 @@ def _add_outputs(total: SymmetricSum, g: Tensor, together: bool) -> None:
     if together:
         g = g.sum(2, keepdim=True)
     K, _, T, G, O = g.shape
-    if G == 1 and K > 1 and g.stride(0) == 1:  # columns last in memory, as a likelihood makes them
+    if G == 1 and K > 1 and g.stride(0) == 1 and O >= PANEL:  # columns last in memory, as a likelihood makes them
         total.add_stacked(g[:, :, :, 0].permute(1, 2, 3, 0).flatten(0, 1))
         return
     if G == 1 and O < 2 * PANEL and T >= O and g.stride(2) < g.stride(4):  # positions last, as convolutions have them
