@@ -70,7 +70,14 @@ class Network:
         network.fused = True
         return network
 
-    def __call__(self, x: Inputs, selected: Sequence[Tensor] | None = None, *, detach: bool = True) -> Tensor:
+    def __call__(
+        self,
+        x: Inputs,
+        selected: Sequence[Tensor] | None = None,
+        *,
+        detach: bool = True,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> Tensor:
         """One forward with autograd on.
 
         Args:
@@ -78,6 +85,7 @@ class Network:
             selected: The parameters to track; the graph keeps nothing for the sake of others. None tracks all that
                 require a gradient, the empty tuple none.
             detach: Cut `x` off its own graph (False to differentiate through it).
+            within: What the module runs in, and what checks it does not: modes that look at every operation.
 
         Returns:
             f, `(B, C)` or `(B, T, C)`, in the parameters' dtype, attached to the graph.
@@ -101,7 +109,8 @@ class Network:
         ):
             x = _prepared(x, detach)
             try:
-                output = self.call(x)
+                with nullcontext() if within is None else within:
+                    output = self.call(x)
             except CurvopsError:
                 raise
             except RuntimeError as error:

@@ -126,6 +126,11 @@ class Kept:
         return 0
 
     @property
+    def _small(self) -> int:
+        """Bytes of a graph up to which columns share a pass."""
+        return _SMALL
+
+    @property
     def vector_bytes(self) -> int:
         """Bytes of one vector of parameters."""
         return self.selection.size * self.selection.tensors[0].element_size()
@@ -134,7 +139,7 @@ class Kept:
         """Whether columns run one after the other, as far as is known before one pass has tried to run them at once."""
         if self.batched is None:
             on_processor = self.selection.tensors[0].device.type == "cpu"
-            return on_processor and (self._work > _LIGHT or self.graph_bytes > _SMALL)
+            return on_processor and (self._work > _LIGHT or self.graph_bytes > self._small)
         return not self.batched
 
     def _takes_turns(self) -> bool:

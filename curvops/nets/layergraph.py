@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +35,9 @@ class Scattered:
 Layout = Literal["batch first", "batch last", "shared"] | Scattered
 """How rows hold the examples: all rows of example 0 first; row by row one of each; every example uses every row; or in
 no such order."""
+
+_SMALL = 2**22
+"""Bytes of a graph below which columns share a pass to the layers, which ends before the gradients of parameters."""
 
 _NO_HOOKS = "saved tensors are looked for without hooks"
 
@@ -75,8 +77,8 @@ class LayerGraph(Kept):
 
     def __init__(self, network: Network, selection: ParameterSelection, x: Inputs, *, hooked: bool = False) -> None:
         super().__init__(network, selection, "double_backward")
-        with nullcontext() if network.fused else LeanFunctions() as functions:
-            self._f, self.hooked = _recorded(network, x, selection.tensors, hooked)
+        functions = None if network.fused else LeanFunctions()
+        self._f, self.hooked = _recorded(functools.partial(network, x, selection.tensors, within=functions), hooked)
         self.tensor_hooks = functions is None or functions.hooks
         self.outputs: Tensor = self._f.detach()
 
@@ -101,6 +103,10 @@ class LayerGraph(Kept):
     def graph_bytes(self) -> int:
         """Bytes that the kept graph holds beyond parameters and buffers."""
         return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
+
+    @property
+    def _small(self) -> int:
+        return _SMALL
 
     def release(self) -> None:
         """Drop the graph; the outputs stay."""
@@ -179,16 +185,16 @@ class LayerGraph(Kept):
         return None if place is None else tap(site, place, tensor.shape)
 
 
-def _recorded(network: Network, x: Inputs, selected: Sequence[Tensor], hooked: bool) -> tuple[Tensor, bool]:
+def _recorded(forward: Callable[[], Tensor], hooked: bool) -> tuple[Tensor, bool]:
     """f on its graph, and whether hooks intercept what is saved; to find that out may take a forward of its own."""
     if not hooked:
         try:
             with disable_saved_tensors_hooks(_NO_HOOKS):
-                return network(x, selected), False
+                return forward(), False
         except RuntimeError as error:
             if _NO_HOOKS not in str(error):
                 raise
-    return network(x, selected), True
+    return forward(), True
 
 
 def edge_key(edge: GradientEdge) -> Edge:

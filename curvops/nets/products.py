@@ -50,8 +50,7 @@ class Linearisation(Kept):
         self, network: Network, selection: ParameterSelection, x: Inputs, *, engine: Engine = "double_backward"
     ) -> None:
         super().__init__(network, selection, engine)
-        with LeanLayers(self._into):
-            self._f: Tensor = network(x, selection.tensors)
+        self._f: Tensor = network(x, selection.tensors, within=LeanLayers(self._into))
         self.outputs: Tensor = self._f.detach()
         self._inputs = tensors_of(x)
         # Zero Jacobian: nothing selected reaches the output.
@@ -193,8 +192,7 @@ class HessianProduct(Kept):
         engine: Engine = "double_backward",
     ) -> None:
         super().__init__(network, selection, engine)
-        with CurvedLayers(self._into):
-            f = network(x, selection.tensors)
+        f = network(x, selection.tensors, within=CurvedLayers(self._into))
         self.outputs: Tensor = f.detach()
         self._inputs = tensors_of(x)
         with recording():

@@ -15,6 +15,7 @@ from curvops.nets.capture import Layers
 from curvops.nets.factorblocks import block, gram
 from curvops.nets.forward import Network
 from curvops.nets.parameters import ParameterSelection
+from curvops.nets.squares import SquareSums, with_squares
 from curvops.testing.problems import Problem, problem, problems
 
 WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
@@ -27,12 +28,16 @@ def captured(p: Problem, K: int = 3, device: torch.device | str = "cpu"):
     selection = ParameterSelection(model, p.params)
     layers = Layers(Network(model), selection)
     batch = layers.capture(x, reference.length(x))
-    generator = torch.Generator().manual_seed(3)
-    U = torch.randn(*batch.outputs.shape, K, generator=generator, dtype=torch.float64).to(device)
+    U = cotangents(batch.outputs, K)
     J = reference.jacobian(p.model(), p.data()[0], p.params)
     B, P = J.shape[0], J.shape[-1]
     rows = torch.einsum("bcp,bck->kbp", J.reshape(B, -1, P), U.cpu().reshape(B, -1, K)).to(device)
     return batch, batch.factors(U), rows.split(list(selection.sizes), dim=-1)
+
+
+def cotangents(outputs: Tensor, K: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*outputs.shape, K, generator=generator, dtype=torch.float64).to(outputs.device)
 
 
 def check(got: Tensor, expected: Tensor) -> None:
@@ -51,6 +56,42 @@ def test_per_example_gradients(p, device):
             continue
         check(factor.per_example(), rows)
         check(factor.squares(), rows.square().sum((0, 1)))
+
+
+@EVERY
+def test_columns_in_turn(p, monkeypatch, device):
+    monkeypatch.setattr("curvops.nets.layergraph._SMALL", 0)
+    batch, factors, expected = captured(p, device=device)
+    assert device.type != "cpu" or not batch.batched
+    for factor, rows in zip(factors, expected, strict=True):
+        check(rows.new_zeros(rows.shape) if factor is None else factor.per_example(), rows)
+
+
+@pytest.mark.parametrize("call", [0, 2**13])
+@EVERY
+def test_squares_of_columns_that_come_in_steps(p, call, monkeypatch, device):
+    monkeypatch.setattr("curvops.nets.squares._CALL", call)
+    batch, _, expected = captured(p, K=5, device=device)
+    first, second = cotangents(batch.outputs, 5).split([2, 3], -1)
+    sums = SquareSums([rows.shape[-1] for rows in expected], batch.outputs)
+    for _ in range(2):  # as of other examples
+        sums.add(batch.factors(first), hold=3, last=False)
+        sums.add(batch.factors(second), hold=3, last=True)
+    for value, rows in zip(sums.values, expected, strict=True):
+        check(value, 2 * rows.square().sum((0, 1)))
+
+
+def test_a_weight_and_its_bias_are_squared_once(monkeypatch):
+    calls: list[tuple[int, ...]] = []
+
+    def counted(total, columns):
+        calls.append(tuple(columns.shape))
+        return with_squares(total, columns)
+
+    monkeypatch.setattr("curvops.nets.squares.with_squares", counted)
+    batch, factors, _ = captured(problem("mlp"))
+    SquareSums(batch.selection.sizes, batch.outputs).add(factors, hold=1, last=True)
+    assert len(calls) == len(factors) / 2
 
 
 @EVERY

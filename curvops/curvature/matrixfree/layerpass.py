@@ -26,8 +26,8 @@ from curvops.nets.likelihood import Likelihood
 WORKING_BYTES = 2**28
 """A chunk takes no more than this, however large the budget: larger ones only leave the caches."""
 
-CPU_COLUMN_BYTES = 2**23
-"""On a CPU, columns whose transients exceed this are pulled back one by one."""
+CPU_COLUMN_BYTES = 3 * 2**22
+"""On a CPU, as many columns are pulled back in one pass as have transients of no more than this."""
 
 STACK = 3
 """Columns that one product with the inputs of shared weights serves, where that is faster; more gain nothing."""
@@ -168,9 +168,9 @@ class LayerPass:
                         continue
                     # The head's columns are there already; others are pulled back as many at a time as suits.
                     there = place == "head" and not some.apart and some.signs is None
-                    at_once = some.count if there else self._step(count, room)
-                    number, hold = -(-some.count // at_once), self._hold(count, room)
-                    for i, U in enumerate(some.chunks(at_once)):
+                    number = 1 if there else -(-some.count // self._step(count, room))
+                    hold = self._hold(count, room)
+                    for i, U in enumerate(some.chunks(-(-some.count // number))):  # steps of one size
                         last = i == number - 1
                         final = last and place == roots[-1][0]
                         factors = capture.factors(U, place, last=final)
