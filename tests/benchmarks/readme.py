@@ -39,7 +39,7 @@ def text(measured: dict[str, Any]) -> str:
     rounds, torch = measured["products"]["rounds"], machine["torch"].split("+")[0]
     how = (
         f"In gradients of the summed loss on the same batch (medians of CPU time over {rounds} rounds, in one process "
-        f"and in turns; float32, {_threads(machine)} of an {machine['processor']}, torch {torch}); in brackets the "
+        f"and in turns; float32, {_threads(machine)}, {machine['processor']}, torch {torch}); in brackets the "
         "same by curvlinops. Products are warm, if nothing else is said: the graph of the batch is kept, and two dozen "
         "were made on it before."
     )
@@ -55,9 +55,10 @@ def text(measured: dict[str, Any]) -> str:
     seconds = (f"{1e3 * products[name]['rows']['gradient']['cpu_seconds']:.1f} ms" for name in COLUMNS)
     lines.append("| one gradient | " + " | ".join(seconds) + " |")
     if "structured" in measured:
-        lines += ["", *_structured(measured["structured"]["results"])]
+        lines += ["", *_structured(measured["structured"]["results"], _elsewhere(measured["structured"], machine))]
     if "dense" in measured:
-        lines += ["", textwrap.fill(_dense(measured["dense"]["results"]), 120, break_on_hyphens=False)]
+        dense = _dense(measured["dense"]["results"], _elsewhere(measured["dense"], machine))
+        lines += ["", textwrap.fill(dense, 120, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
@@ -75,17 +76,22 @@ def _entry(rows: dict[str, Any], key: str) -> str:
     return f"{rows[key]['cpu']:.2f}" + ("" if peer is None else f" ({peer['cpu']:.2f})")
 
 
+def _elsewhere(part: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Where a part was measured, if not on the machine that was named first."""
+    return "" if part["machine"] == machine else f" ({_threads(part['machine'])}, {part['machine']['processor']})"
+
+
 def _threads(machine: dict[str, Any]) -> str:
     return "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
-def _structured(results: dict[str, Any]) -> list[str]:
+def _structured(results: dict[str, Any], where: str) -> list[str]:
     """Structured curvatures of the first two networks, built and computed once; a peer's "-" is what it has not."""
     names = [name for name in COLUMNS if name in results]
     lines = [
         textwrap.fill(
-            "Structured curvatures from building to the last number, in gradients and in megabytes above the model and "
-            "the batch:",
+            f"Structured curvatures from building to the last number{where}, in gradients and in megabytes above the "
+            "model and the batch:",
             120,
         ),
         "",
@@ -101,7 +107,7 @@ def _structured(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _dense(result: dict[str, Any]) -> str:
+def _dense(result: dict[str, Any], where: str) -> str:
     others = ", ".join(
         f"{row['cpu_seconds']:.1f} s and {row['megabytes']:.0f} MB by {name}"
         for name, row in result.items()
@@ -109,6 +115,6 @@ def _dense(result: dict[str, Any]) -> str:
     )
     ours = result["curvops"]
     return (
-        f"The dense GGN of P = 4,990 parameters over 256 data, 10 classes: {ours['cpu_seconds']:.2f} s and "
+        f"The dense GGN of P = 4,990 parameters over 256 data, 10 classes{where}: {ours['cpu_seconds']:.2f} s and "
         f"{ours['megabytes']:.0f} MB at the peak, the matrix of 100 MB included; {others}."
     )
