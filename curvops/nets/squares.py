@@ -15,115 +15,80 @@ _CALL = 2**13
 """Entries from which on the squares of each column are added in a call of its own: they stay in the caches."""
 
 
-class SquareSum:
-    """Σ_kn G_kn² of one parameter, entry by entry, over examples that come with their columns in several goes.
+class SquareSums:
+    """Σ_kn G_kn² of each parameter, entry by entry, over examples that come with their columns in several goes.
 
     Args:
-        size: p.
-        like: A tensor of the dtype and on the device of the sum.
+        sizes: p of each.
+        like: A tensor of the dtype and on the device of the sums.
 
     Without weight sharing only the squares of g are summed until `flush`, which ends the examples: then one product
-    with the squares of a serves all columns. With it columns are held, as far as they may be, for a product to serve
-    several.
-    """
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        self._size, self._like = size, like
-        self._value: Tensor | None = None
-        self._part: Outer | None = None
-        self._g_squared: Tensor | None = None
-        self._held: list[Outer] | list[Pooled] = []
-
-    @property
-    def value(self) -> Float[Tensor, " p"]:
-        """The sum so far."""
-        if self._value is None:
-            self._value = torch.zeros(self._size, dtype=self._like.dtype, device=self._like.device)
-        return self._value
-
-    def add(self, factors: Factors, *, hold: int = 1) -> None:
-        """Some columns of the present examples.
-
-        Args:
-            hold: Columns of which factors may be held here.
-        """
-        part = factors.parts[0]
-        if len(factors.parts) > 1 or not isinstance(part, Outer | Pooled):
-            self.add_squares(factors.squares())
-        elif part.positions > 1:
-            self._held.append(part)  # type: ignore[arg-type]  # all of the examples' are of one kind
-            columns = sum(len(one.g) for one in self._held)
-            if columns * part.share >= hold:
-                self._multiply()
-        else:
-            assert isinstance(part, Outer)
-            self._part = part
-            self._g_squared = with_squares(self._g_squared, part.g[:, :, 0])
-
-    def add_squares(self, squares: Float[Tensor, " p"]) -> None:
-        """What was squared and summed elsewhere; it is nobody else's."""
-        self._value = squares if self._value is None else self._value.add_(squares)
-
-    def flush(self) -> None:
-        """The present examples have had all their columns."""
-        self._multiply()
-        if self._part is not None and self._g_squared is not None:
-            self.add_squares(self._part.squared_product(self._g_squared))
-        self._part = self._g_squared = None
-
-    def _multiply(self) -> None:
-        if self._held:
-            first, *others = self._held
-            self.add_squares(first.squares(*others))  # type: ignore[arg-type]
-            self._held = []
-
-
-class SquareSums:
-    """Those of all parameters. Where several have the same output derivatives and no shared weights, as a layer's
-    weight and bias, they are squared once.
+    with the squares of a serves all columns; and those who have the same g, as a layer's weight and bias, share its
+    squares. With weight sharing columns are held, as far as they may be, for a product to serve several.
     """
 
     def __init__(self, sizes: Sequence[int], like: Tensor) -> None:
-        self._each = [SquareSum(size, like) for size in sizes]
-        # Of the present examples: Σ_k g_k² (B, G, O), by the parameters whose g it is; and those parameters' parts.
+        self._sizes, self._like = sizes, like
+        self._sums: dict[int, Tensor] = {}
+        # Of the present examples, by the parameters that share a g: Σ_k g_k² (B, G, O). By parameter: what to multiply
+        # it with, and parts that are held.
         self._squares: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[int, Outer | Shift] = {}
+        self._held: dict[int, list[Outer] | list[Pooled]] = {}
 
     @property
     def values(self) -> list[Float[Tensor, " p"]]:
-        """The sums so far, of each parameter."""
-        return [total.value for total in self._each]
+        """The sums so far."""
+        dtype, device = self._like.dtype, self._like.device
+        return [
+            self._sums[i] if i in self._sums else torch.zeros(size, dtype=dtype, device=device)
+            for i, size in enumerate(self._sizes)
+        ]
 
-    def add(self, factors: Sequence[Factors | None], *, hold: int, last: bool) -> None:
-        """Some columns of some examples.
+    def add(self, factors: Sequence[Factors | None], *, hold: int = 1) -> None:
+        """Some columns of the present examples, of each parameter.
 
         Args:
             hold: Columns of which factors may be held here.
-            last: These examples' last ones.
         """
-        shared: dict[object, tuple[Tensor, list[int]]] = {}
+        sharing: dict[object, tuple[Tensor, list[int]]] = {}
         for i, one in enumerate(factors):
             if one is None:
                 continue
-            part = one.single
-            if part is None:
-                self._each[i].add(one, hold=hold)
-                continue
-            self._parts[i] = part
-            g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
-            shared.setdefault(identity(g), (g, []))[1].append(i)
-        for g, mine in shared.values():
-            self._squares[tuple(mine)] = with_squares(self._squares.get(tuple(mine)), g[:, :, 0])
-        if last:
-            self._flush()
+            part = one.parts[0]
+            if len(one.parts) == 1 and isinstance(part, Outer | Shift) and part.positions == 1:
+                self._parts[i] = part
+                g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
+                sharing.setdefault(identity(g), (g[:, :, 0], []))[1].append(i)
+            elif len(one.parts) == 1 and isinstance(part, Outer | Pooled):
+                self._hold(i, part, hold)
+            else:
+                self.put(i, one.squares())
+        for g, mine in sharing.values():
+            self._squares[tuple(mine)] = with_squares(self._squares.get(tuple(mine)), g)
 
-    def _flush(self) -> None:
+    def put(self, i: int, squares: Float[Tensor, " p"]) -> None:
+        """What was squared and summed elsewhere, of parameter i; it is nobody else's."""
+        self._sums[i] = self._sums[i].add_(squares) if i in self._sums else squares
+
+    def flush(self) -> None:
+        """The present examples have had all their columns."""
         for mine, g_squared in self._squares.items():
             for i in mine:
-                self._each[i].add_squares(self._parts[i].squared_product(g_squared))
+                self.put(i, self._parts[i].squared_product(g_squared))
+        for i in list(self._held):
+            self._multiply(i)
         self._squares, self._parts = {}, {}
-        for total in self._each:
-            total.flush()
+
+    def _hold(self, i: int, part: Outer | Pooled, hold: int) -> None:
+        held = self._held.setdefault(i, [])
+        held.append(part)  # type: ignore[arg-type]  # all of the examples' are of one kind
+        if sum(len(one.g) for one in held) * part.share >= hold:
+            self._multiply(i)
+
+    def _multiply(self, i: int) -> None:
+        first, *others = self._held.pop(i)
+        self.put(i, first.squares(*others))  # type: ignore[arg-type]
 
 
 def with_squares(total: Float[Tensor, "*b"] | None, columns: Float[Tensor, "K *b"]) -> Float[Tensor, "*b"]:

@@ -75,8 +75,9 @@ def test_squares_of_columns_that_come_in_steps(p, call, monkeypatch, device):
     first, second = cotangents(batch.outputs, 5).split([2, 3], -1)
     sums = SquareSums([rows.shape[-1] for rows in expected], batch.outputs)
     for _ in range(2):  # as of other examples
-        sums.add(batch.factors(first), hold=3, last=False)
-        sums.add(batch.factors(second), hold=3, last=True)
+        sums.add(batch.factors(first), hold=3)
+        sums.add(batch.factors(second), hold=3)
+        sums.flush()
     for value, rows in zip(sums.values, expected, strict=True):
         check(value, 2 * rows.square().sum((0, 1)))
 
@@ -90,7 +91,7 @@ def test_a_weight_and_its_bias_are_squared_once(monkeypatch):
 
     monkeypatch.setattr("curvops.nets.squares.with_squares", counted)
     batch, factors, _ = captured(problem("mlp"))
-    SquareSums(batch.selection.sizes, batch.outputs).add(factors, hold=1, last=True)
+    SquareSums(batch.selection.sizes, batch.outputs).add(factors)
     assert len(calls) == len(factors) / 2
 
 

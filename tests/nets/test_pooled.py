@@ -16,7 +16,7 @@ from curvops.nets.factors import Outer
 from curvops.nets.forward import Network
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.pooled import Pooled
-from curvops.nets.squares import SquareSum
+from curvops.nets.squares import SquareSums
 
 F64 = torch.float64
 
@@ -206,13 +206,11 @@ def test_columns_are_held_where_they_are_few(monkeypatch):
 
         monkeypatch.setattr(kind, "squares", counted)
     batch, U, expected = captured(*POOLED["in place"], 14)
-    total = SquareSum(expected[0].shape[-1], expected[0])
+    total = SquareSums([expected[0].shape[-1]], expected[0])
     for u in U.split(1, -1):
-        factors = batch.factors(u)[0]
-        assert factors is not None
-        total.add(factors, hold=3)
+        total.add(batch.factors(u)[:1], hold=3)
     total.flush()
-    check(total.value, expected[0].square().sum((0, 1)))
+    check(total.values[0], expected[0].square().sum((0, 1)))
     assert calls == [(Pooled, 12), (Pooled, 2), (Outer, 2)]
 
 

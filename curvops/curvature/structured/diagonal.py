@@ -58,7 +58,9 @@ class _GaussNewtonDiagonal(_DataDiagonal):
         sums = SquareSums(selection.sizes, selection.tensors[0])
         with torch.no_grad():
             for step in layers:
-                sums.add(step.factors, hold=step.hold, last=step.last)
+                sums.add(step.factors, hold=step.hold)
+                if step.last:
+                    sums.flush()
         if layers.fallback:
             self.note = f"per-example rows for {', '.join(layers.fallback)}"
         return Diagonal(selection.gather(torch.cat(sums.values)))

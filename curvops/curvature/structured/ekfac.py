@@ -16,7 +16,7 @@ from curvops.curvature.structured.expected import Expected
 from curvops.curvature.structured.factored import Factored, Source, Sums
 from curvops.curvature.structured.statistics import Statistics, combined
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
-from curvops.nets.squares import SquareSum
+from curvops.nets.squares import SquareSums
 from curvops.operators.base import LinearOperator
 from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.diagonal import Diagonal, Identity
@@ -61,7 +61,7 @@ class _Basis:
         self.one, self.two = _eigenvectors(first), None if second is None else _eigenvectors(second)
         n = len(first) if first.dim() == 1 else first.shape[0] * first.shape[1]
         m = 1 if second is None else second.shape[-1]
-        self.squares = SquareSum(n * m, first)
+        self.squares = SquareSums([n * m], first)
         self._inputs: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -73,20 +73,20 @@ class _Basis:
     def add(self, factors: Factors) -> None:
         """Squares of the gradients of some examples along some columns, in the basis."""
         if len(factors.parts) == 1:
-            self.squares.add(self._rotated(factors))
+            self.squares.add([self._rotated(factors)])
             return
         whole = factors.per_example()
         n = factors.size // (1 if self.two is None else self.two.shape[-1])
         rows = whole.unflatten(-1, (n, -1))
         rows = rows if self.one is None else self.one[0].T @ rows
         rows = rows if self.two is None else rows @ self.two[0]
-        self.squares.add_squares(rows.square().sum((0, 1)).reshape(-1))
+        self.squares.put(0, rows.square().sum((0, 1)).reshape(-1))
 
     def operator(self) -> LinearOperator:
         """`Q diag(λ) Qᵀ`, one for each group."""
         groups = 1 if self.one is None else self.one.shape[0]
         blocks = []
-        for i, values in enumerate(self.squares.value.chunk(groups)):
+        for i, values in enumerate(self.squares.values[0].chunk(groups)):
             if self.two is None:
                 assert self.one is not None
                 blocks.append(Eigen(self.one[i], values))

@@ -99,7 +99,9 @@ def exact_trace(H: LinearOperator) -> float:
     sums = SquareSums(selection.sizes, selection.tensors[0])
     try:
         for step in LayerPass(H.objective, cotangents, report_unused=False):
-            sums.add(step.factors, hold=step.hold, last=step.last)
+            sums.add(step.factors)
+            if step.last:
+                sums.flush()
     except DependentExamplesError:
         return float(H.trace())
     return sum(float(total.sum(dtype=torch.float64)) for total in sums.values)
