@@ -181,7 +181,7 @@ class Shift:
         return Shift(self.g[:, rows])
 
     def multiplied_out(self) -> Float[Tensor, "K B p"]:
-        return self.g[:, :, 0] if self.positions == 1 else self.g.sum(2)
+        return self.g.sum(2)
 
     def squares(self) -> Float[Tensor, " p"]:
         return self.multiplied_out().square().sum((0, 1))
@@ -214,7 +214,12 @@ class Direct:
 Part: TypeAlias = "Outer | Pooled | Lookup | Shift | Direct"
 
 
-def identity(t: Tensor | Made) -> object:
+def outputs_of(part: Outer | Lookup | Shift) -> Float[Tensor, "K B T G O"]:
+    """g, with an axis for the groups."""
+    return part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
+
+
+def operand_key(t: Tensor | Made) -> object:
     """What tells an operand from the others that are alive."""
     if isinstance(t, Made):
         return id(t)

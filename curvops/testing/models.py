@@ -44,6 +44,19 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
 
 
+class Joined(nn.Module):
+    """Two linear layers side by side under one shift."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(width, 2, bias=False), nn.Linear(width, 3, bias=False)
+        self.shift = nn.Parameter(torch.zeros(5))
+        self.head = nn.Linear(5, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.cat([self.left(x), self.right(x)], -1) + self.shift))
+
+
 class Tied(nn.Module):
     """A language model whose decoder shares the embedding's weight; outputs `(B, T, vocabulary)`."""
 

@@ -28,6 +28,7 @@ from curvops.testing.models import (
     Cell,
     CrossAttention,
     Dictionary,
+    Joined,
     Kernel,
     Keywords,
     LanguageModel,
@@ -308,6 +309,7 @@ _LIST = [
     Problem("dropout-eval", lambda: _mlp(activation=lambda: _net(nn.Sigmoid(), nn.Dropout(0.5))), _real(4)),
     # Structure.
     Problem("residual", lambda: _net(Residual(_net(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, C)), _real(4)),
+    Problem("joined", lambda: Joined(4, C), _real(4)),
     Problem("module-twice", lambda: Twice(4, C), _real(4)),
     Problem("linear-as-kernel", lambda: Kernel(3, C), _real(3, 4)),
     Problem("tied", lambda: Tied(4, 3), _tokens(4), tokens=T, outputs=4),

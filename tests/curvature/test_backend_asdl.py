@@ -55,7 +55,7 @@ LAYERS = {
     "rnn-cell": "RNNCell", "lstm-cell": "LSTMCell", "gru-cell": "GRUCell", "convtranspose1d": "ConvTranspose1d",
     "cross-attention": "MultiheadAttention",
     "module-twice": "runs 2 times", "linear-as-kernel": "used beside", "tied": "row per token",
-    "raw-parameters": "Raw", "keywords": "row per token",
+    "raw-parameters": "Raw", "joined": "Joined", "keywords": "row per token",
     "adapter": "Adapter", "language-model": "row per token",
 }  # fmt: skip
 """What is refused, and the word that says why; `full` is then by curvops."""
@@ -72,7 +72,7 @@ ORDER = {"dealt-ignored": "another order"}
 
 NO_DIAGONAL = {
     "multihead-attention", "cross-attention", "transformer-encoder", "rnn", "lstm", "gru", "rnn-cell", "lstm-cell",
-    "gru-cell", "raw-parameters", "adapter",
+    "gru-cell", "raw-parameters", "joined", "adapter",
 }  # fmt: skip
 """Where the Hessian's diagonal is refused: parameters that are no `weight` or `bias` of a module."""
 

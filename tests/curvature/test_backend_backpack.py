@@ -33,7 +33,8 @@ LAYERS_REFUSED = {
     "multihead-attention": "MultiheadAttention", "transformer-encoder": "MultiheadAttention", "rnn": "RNN",
     "lstm": "LSTM", "gru": "GRU", "rnn-cell": "RNNCell", "lstm-cell": "LSTMCell", "gru-cell": "GRUCell",
     "cross-attention": "MultiheadAttention",
-    "module-twice": "runs 2 times", "linear-as-kernel": "used beside", "tied": "tied", "raw-parameters": "Raw",
+    "module-twice": "runs 2 times", "linear-as-kernel": "used beside", "tied": "tied",
+    "raw-parameters": "Raw", "joined": "Joined",
     "keywords": "float64", "adapter": "Adapter", "language-model": "LanguageModel",
 }  # fmt: skip
 """Problems whose layers BackPACK does not know or gets wrong, and the word by which it is refused."""

@@ -20,7 +20,7 @@ from curvops.curvature.matrixfree.cotangents import Cotangents
 from curvops.curvature.matrixfree.ggn import GaussNewton
 from curvops.curvature.matrixfree.layerpass import LayerPass, Step
 from curvops.nets.factorblocks import add_block
-from curvops.nets.factors import Factors, Outer
+from curvops.nets.factors import Factors, Outer, operand_key, outputs_of
 from curvops.nets.mixing import DependentExamplesError
 
 TILE = 2048
@@ -152,7 +152,7 @@ class Side:
         for i, factors in enumerate(step.factors):
             if factors is not None:
                 single = factors.single
-                shared.setdefault(i if single is None else single.g.data_ptr(), []).append(i)
+                shared.setdefault(i if single is None else operand_key(outputs_of(single)), []).append(i)
         groups = {}
         size = (len(step.outputs), 0)
         for members in shared.values():

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvops.curvature.structured.statistics import Approx, Pair
-from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift, identity
+from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift, operand_key, outputs_of
 
 PANEL = 64
 """Rows of a panel of a symmetric product."""
@@ -132,8 +132,8 @@ class Moments:
                 # Averages over positions would make a lookup dense: its positions stay apart in both approximations.
                 together = self.approx == "reduce" and not isinstance(part, Lookup)
                 use = (number, _kind(part))
-                g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
-                outputs.setdefault((identity(g), together), (g, together, []))[2].append(use)
+                g = outputs_of(part)
+                outputs.setdefault((operand_key(g), together), (g, together, []))[2].append(use)
                 if use not in self._flipped:
                     self._flipped[use] = part.flipped if isinstance(part, Outer) else isinstance(part, Lookup)
                     self._terms[use] = 0.0
@@ -144,7 +144,7 @@ class Moments:
                 weight = weights[part.positions]
                 self._terms[use] += weight.examples if together else weight.positions
                 if isinstance(part, Outer):
-                    inputs.setdefault(identity(part.inputs), (part.inputs, weight, together, []))[3].append(use)
+                    inputs.setdefault(operand_key(part.inputs), (part.inputs, weight, together, []))[3].append(use)
                 if isinstance(part, Lookup):
                     counts = self._counts.setdefault(use, part.g.new_zeros(part.size))
                     counts.index_add_(0, part.index.reshape(-1), weight.each.reshape(-1))
