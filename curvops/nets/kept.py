@@ -126,7 +126,7 @@ class Kept:
         return 0
 
     @property
-    def _small(self) -> int:
+    def _together(self) -> int:
         """Bytes of a graph up to which columns share a pass."""
         return _SMALL
 
@@ -139,7 +139,7 @@ class Kept:
         """Whether columns run one after the other, as far as is known before one pass has tried to run them at once."""
         if self.batched is None:
             on_processor = self.selection.tensors[0].device.type == "cpu"
-            return on_processor and (self._work > _LIGHT or self.graph_bytes > self._small)
+            return on_processor and (self._work > _LIGHT or self.graph_bytes > self._together)
         return not self.batched
 
     def _takes_turns(self) -> bool:

@@ -36,8 +36,8 @@ Layout = Literal["batch first", "batch last", "shared"] | Scattered
 """How rows hold the examples: all rows of example 0 first; row by row one of each; every example uses every row; or in
 no such order."""
 
-_SMALL = 2**22
-"""Bytes of a graph below which columns share a pass to the layers, which ends before the gradients of parameters."""
+_TOGETHER = 2**22
+"""Bytes of a graph up to which columns share a pass to the layers, which ends before the gradients of parameters."""
 
 _NO_HOOKS = "saved tensors are looked for without hooks"
 
@@ -80,6 +80,8 @@ class LayerGraph(Kept):
         functions = None if network.fused else LeanFunctions()
         self._f, self.hooked = _recorded(functools.partial(network, x, selection.tensors, within=functions), hooked)
         self.tensor_hooks = functions is None or functions.hooks
+        # Hooks that keep what they see shall see tensors, and not those of a vectorised pass.
+        self._watched = functions is not None and functions.hooks
         self.outputs: Tensor = self._f.detach()
 
     @functools.cached_property
@@ -105,8 +107,8 @@ class LayerGraph(Kept):
         return graph_bytes([self._f], self._network.module) if self._f.requires_grad else 0
 
     @property
-    def _small(self) -> int:
-        return _SMALL
+    def _together(self) -> int:
+        return 0 if self._watched else _TOGETHER
 
     def release(self) -> None:
         """Drop the graph; the outputs stay."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvops.nets.factors import Factors, Outer, Shift, identity
+from curvops.nets.factors import Factors, Outer, Shift, operand_key, outputs_of
 from curvops.nets.pooled import Pooled
 
 _CALL = 2**13
@@ -30,8 +30,8 @@ class SquareSums:
     def __init__(self, sizes: Sequence[int], like: Tensor) -> None:
         self._sizes, self._like = sizes, like
         self._sums: dict[int, Tensor] = {}
-        # Of the present examples, by the parameters that share a g: Σ_k g_k² (B, G, O). By parameter: what to multiply
-        # it with, and parts that are held.
+        # Of the present examples. Without weight sharing, Σ_k g_k² (B, G, O) by the parameters that share g, and each
+        # parameter's latest part, for its a; with it, each parameter's parts that wait.
         self._squares: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[int, Outer | Shift] = {}
         self._held: dict[int, list[Outer] | list[Pooled]] = {}
@@ -58,8 +58,8 @@ class SquareSums:
             part = one.parts[0]
             if len(one.parts) == 1 and isinstance(part, Outer | Shift) and part.positions == 1:
                 self._parts[i] = part
-                g = part.g if isinstance(part, Outer) else part.g.unsqueeze(3)
-                sharing.setdefault(identity(g), (g[:, :, 0], []))[1].append(i)
+                g = outputs_of(part)
+                sharing.setdefault(operand_key(g), (g[:, :, 0], []))[1].append(i)
             elif len(one.parts) == 1 and isinstance(part, Outer | Pooled):
                 self._hold(i, part, hold)
             else:
@@ -93,7 +93,8 @@ class SquareSums:
 
 def with_squares(total: Float[Tensor, "*b"] | None, columns: Float[Tensor, "K *b"]) -> Float[Tensor, "*b"]:
     """`total + Σ_k columns_k²`, in place where there is a total."""
-    if columns.device.type != "cpu" or columns[0].numel() < _CALL:
+    interleaved = columns.stride(0) == 1 and columns.stride(1) > 0  # columns last in memory, as a likelihood makes them
+    if columns.device.type != "cpu" or columns[0].numel() < _CALL or interleaved:
         squares = columns.square().sum(0)
         return squares if total is None else total.add_(squares)
     for column in columns:

@@ -254,7 +254,7 @@ class _Size(NamedTuple):
     """What has to be equal before bits can be."""
 
     dtype: torch.dtype
-    count: int
+    shape: torch.Size
     device: torch.device
 
 
@@ -274,13 +274,13 @@ class _Bits:
 
     def __init__(self, tensor: Tensor, small: int) -> None:
         self.key = _key(tensor)
-        t = tensor.detach()
+        t = tensor.detach().resolve_conj().resolve_neg()
         if t.layout != torch.strided:
             t = t.to_dense()
         if t.is_complex():
             t = torch.view_as_real(t)
         bits = t.reshape(-1).view(_INTEGERS[t.element_size()])
-        self.size = _Size(bits.dtype, bits.numel(), bits.device)
+        self.size = _Size(bits.dtype, tensor.shape, bits.device)
         self.width = bits.dtype if bits.element_size() >= 4 else torch.int64
         if bits.numel() <= small:
             self.whole, self.rows = [bits], []
@@ -292,7 +292,7 @@ class _Bits:
 
 def _key(t: Tensor) -> Any:
     """Changes with whatever views depend on; never equal where a view would be a copy."""
-    if t.layout != torch.strided or not t.is_contiguous():
+    if t.layout != torch.strided or not t.is_contiguous() or t.is_conj() or t.is_neg():
         return object()
     return (t.data_ptr(), t.shape, t.dtype)
 

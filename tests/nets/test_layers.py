@@ -16,6 +16,7 @@ from curvops.nets.factorblocks import block, gram
 from curvops.nets.forward import Network
 from curvops.nets.parameters import ParameterSelection
 from curvops.nets.squares import SquareSums, with_squares
+from curvops.testing.models import Apply
 from curvops.testing.problems import Problem, problem, problems
 
 WHOLE = [p for p in problems() if not isinstance(p.params, Tensor)]
@@ -60,7 +61,7 @@ def test_per_example_gradients(p, device):
 
 @EVERY
 def test_columns_in_turn(p, monkeypatch, device):
-    monkeypatch.setattr("curvops.nets.layergraph._SMALL", 0)
+    monkeypatch.setattr("curvops.nets.layergraph._TOGETHER", 0)
     batch, factors, expected = captured(p, device=device)
     assert device.type != "cpu" or not batch.batched
     for factor, rows in zip(factors, expected, strict=True):
@@ -80,6 +81,36 @@ def test_squares_of_columns_that_come_in_steps(p, call, monkeypatch, device):
         sums.flush()
     for value, rows in zip(sums.values, expected, strict=True):
         check(value, 2 * rows.square().sum((0, 1)))
+
+
+@pytest.mark.parametrize("entries", [2, 100])
+def test_squares_of_columns_in_any_layout(entries):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(7, 100, entries, generator=generator, dtype=torch.float64)
+    last = first.movedim(0, -1).contiguous().movedim(-1, 0)
+    shared = torch.randn(7, entries, generator=generator, dtype=torch.float64).unsqueeze(1).expand(7, 100, entries)
+    for columns in (first, last, shared):
+        expected = columns.square().sum(0)
+        total = with_squares(None, columns)
+        check(total, expected)
+        check(with_squares(total, columns), 2 * expected)
+
+
+def test_a_hook_that_keeps_what_it_sees_keeps_tensors(monkeypatch):
+    kept: list[Tensor] = []
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def forward(x: Tensor) -> Tensor:
+        h = net[1](net[0](x))
+        h.register_hook(kept.append)
+        return net[2](h)
+
+    model = Apply(forward)
+    model.net = net
+    x = torch.randn(5, 3, dtype=torch.float64)
+    batch = Layers(Network(model), ParameterSelection(model)).capture(x, 5)
+    batch.factors(cotangents(batch.outputs, 3))
+    assert [g.sum().item() for g in kept]
 
 
 def test_a_weight_and_its_bias_are_squared_once(monkeypatch):

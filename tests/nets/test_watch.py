@@ -198,6 +198,25 @@ class TestContent:
         beside -= 1
         assert content.changed() == content.changed() == []
 
+    @pytest.mark.parametrize("view", [torch.conj, lambda t: t.conj().imag, torch.real])
+    def test_views_of_complex_numbers(self, view):
+        t = torch.randn(10, dtype=torch.complex64)
+        content = Content([view(t)])
+        assert content.changed() == []
+        before = t[3].clone()
+        t[3] += 1 + 1j
+        assert content.changed() == [0]
+        t[3] = before
+        assert content.changed() == []
+
+    def test_another_shape(self):
+        t = torch.randn(4, 6)
+        content = Content([t])
+        t.data = t.data.view(6, 4)
+        assert content.changed() == [0]
+        t.data = t.data.view(4, 6)
+        assert content.changed() == []
+
     @pytest.mark.parametrize(("side", "most"), [(500, 2**18), (1000, 2 * (1024 + 1021))])
     def test_memory_is_bounded(self, side, most):
         content = Content([torch.zeros(side, side)])
