@@ -138,6 +138,24 @@ def test_a_parameter_reached_beside_its_registration_is_not_lost():
     assert reference.relative_error(rows, reference.jacobian(model, x)) < 1e-13
 
 
+@pytest.mark.parametrize("seen", [1, 3])
+def test_an_operation_whose_batching_rule_errs(seen):
+    """PReLU: column r of example n is taken at the inputs of example r, which shows in no column but one of `seen`."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.PReLU(), nn.Linear(1, 3)).double()
+    x, u = randn(4, 4, 2), torch.zeros(4, 4, 4, 3, dtype=torch.float64)
+    for n in range(4):
+        columns = range(4) if n < seen - 1 else [n]
+        for r in columns:
+            u[n, r, r] = randn(3) * (n + 1)  # a position of its own; the last example has the largest
+    ((_, rows, _),) = J.example_rows(Network(model), selection := ParameterSelection(model), x, u)
+    f = model(x)
+    for n in range(4):
+        for r in range(4):
+            grads = torch.autograd.grad(f[n], selection.tensors, u[n, r], retain_graph=True)
+            expected = torch.cat([g.flatten() for g in grads])
+            assert float((rows[n, r] - expected).abs().max()) <= 1e-13 * max(1.0, float(expected.abs().max()))
+
+
 def test_code_that_branches_on_values():
     class Branching(nn.Module):
         def __init__(self):
