@@ -135,7 +135,8 @@ class CurvatureInterface(Subject):
         Returns:
             Gs `(B, P)`, and the unscaled loss summed over the batch, 0-dim; both detached.
 
-        Cost: two forwards and one backward over each example, in chunks within the memory budget.
+        Cost: two forwards and one backward over each example, in chunks within the memory budget, and a gradient of the
+            chunk that they are compared with.
         """
         objective = self._objective(x, y)
         likelihood, factor = self._likelihood, self.factor
