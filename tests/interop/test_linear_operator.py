@@ -51,7 +51,6 @@ def ggn(dtype: torch.dtype = torch.float64) -> tuple[co.LinearOperator, Tensor, 
 # ---------------------------------------------------------------- linear_operator's own contract
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of linear_operator's own indexing, on torch 2.14
 class Contract(theirs.LinearOperatorTestCase):
     """Its shipped tests, in its float32 and tolerances; neither its CG nor its Lanczos is to be called."""
 
@@ -259,7 +258,6 @@ def tight() -> tuple[CurvatureLinearOperator, Tensor]:
     return A.to_linear_operator(), M + DELTA * EYE
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_diagonal_and_entries_are_exact_without_a_dense_matrix() -> None:
     S, M = tight()
     with pytest.raises(MemoryBudgetError):
