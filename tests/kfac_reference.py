@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MATMUL = Tensor.__matmul__
+_ADD = Tensor.__add__
 
 
 @dataclass
@@ -89,6 +90,12 @@ def _written_down(found: Uses) -> Iterator[None]:
             use(weight, "flipped", x.reshape(-1, 1, x.shape[-1]), out, lambda g: g.reshape(-1, 1, g.shape[-1]))
         return out
 
+    def noted_add(x: Tensor, other: Any) -> Tensor:
+        out = _ADD(x, other)
+        if isinstance(other, nn.Parameter) and other.shape == out.shape[-1:]:
+            use(other, "shift", None, out, lambda g: g.reshape(-1, 1, g.shape[-1]))
+        return out
+
     def noted_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out = addmm(bias, x, weight)
         use(weight, "flipped", x.unsqueeze(1), out, lambda g: g.unsqueeze(1))
@@ -135,6 +142,7 @@ def _written_down(found: Uses) -> Iterator[None]:
     with (
         mock.patch.multiple(F, **patched),
         mock.patch.object(Tensor, "__matmul__", noted_matmul),
+        mock.patch.object(Tensor, "__add__", noted_add),
         mock.patch.object(torch, "addmm", noted_addmm),
         mock.patch("torch.nn.modules.rnn._VF", _RECURRENT),
     ):
