@@ -58,7 +58,7 @@ def test_an_indefinite_matrix_is_not_repaired(dtype: torch.dtype, relative: floa
         cholesky(matrix(values).to(dtype))
     found = re.search(r"smallest eigenvalue is (\S+),", str(raised.value))
     assert found is not None
-    assert abs(float(found[1]) + 4 * relative) <= P * torch.finfo(dtype).eps * 4 + 5e-4 * 4 * relative  # four digits
+    assert abs(float(found[1]) + 4 * relative) <= P * torch.finfo(dtype).eps * 4 + 5e-4 * relative  # four digits
 
 
 def test_the_ladder_ends_at_rounding() -> None:

@@ -96,7 +96,7 @@ def test_squares_of_columns_in_any_layout(entries):
         check(with_squares(total, columns), 2 * expected)
 
 
-def test_a_hook_that_keeps_what_it_sees_keeps_tensors(monkeypatch):
+def test_a_hook_that_keeps_what_it_sees_keeps_tensors():
     kept: list[Tensor] = []
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
