@@ -16,8 +16,11 @@ from torch import Tensor
 from curvops.curvature.structured.statistics import Approx, Pair
 from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift, operand_key, outputs_of
 
-PANEL = 64
-"""Rows of a panel of a symmetric product."""
+PANEL = 96
+"""Rows of a panel of a symmetric product: fewer save more arithmetic, and take more calls."""
+
+STACKED = 64
+"""Outputs from which a product per stack is fast."""
 
 CROWDED = 1024
 """Where the length of a row in bytes is near a multiple of this, entries of many rows share few places in the caches:
@@ -35,28 +38,36 @@ class SymmetricSum:
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        # The upper triangle in panels of rows, each turned: (d − start, rows).
+        # The upper triangle of a large one in panels of rows, each turned: (d − start, rows).
         self._panels: list[tuple[int, Tensor]] = []
-        self._step = 0
 
-    def add(self, X: Float[Tensor, "G d n"]) -> None:
-        """n vectors of each group, in any layout. About G·n·d² operations."""
-        total, kept = self._prepared(X, *X.shape[:2])
-        if X.shape[0] > 1:
-            total.baddbmm_(X, X.transpose(1, 2), beta=kept)
+    def add(self, V: Float[Tensor, "n d"]) -> None:
+        """n vectors of one group, in any layout. About n·d² operations, on a processor half of that for many."""
+        total, kept = self._prepared(V, 1, V.shape[1])
+        turned = V.T
+        if not self._panels:
+            total[0].addmm_(turned, V, beta=kept)
             return
-        rows = X[0]
-        for start, panel in self._panels:
-            panel.addmm_(rows[start:], rows[start : start + self._step].T, beta=kept)
+        # All views first: each product drives what Python needs out of the nearest caches.
+        products = [(panel, turned[start:], V[:, start : start + PANEL]) for start, panel in self._panels]
+        for panel, left, right in products:
+            panel.addmm_(left, right, beta=kept)
+
+    def add_grouped(self, X: Float[Tensor, "G d n"]) -> None:
+        """n vectors of each group, in any layout. G·n·d² operations."""
+        total, kept = self._prepared(X, *X.shape[:2])
+        total.baddbmm_(X, X.mT, beta=kept)
 
     def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
         """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
         if X.device.type != "cpu":  # where a product per stack costs more than a copy
-            self.add(X.transpose(0, 1).flatten(1).unsqueeze(0))
+            self.add(X.transpose(0, 1).flatten(1).T)
             return
-        _, kept = self._prepared(X, 1, X.shape[1])
+        total, kept = self._prepared(X, 1, X.shape[1])
+        if not self._panels:
+            total[0].addbmm_(X, X.mT, beta=kept)
         for start, panel in self._panels:
-            panel.addbmm_(X[:, start:], X[:, start : start + self._step].mT, beta=kept)
+            panel.addbmm_(X[:, start:], X[:, start : start + PANEL].mT, beta=kept)
 
     def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
         """What was summed elsewhere."""
@@ -69,8 +80,8 @@ class SymmetricSum:
         d = self._total.shape[2]
         crowded = (d * self._total.element_size() + NEAR) % CROWDED <= 2 * NEAR
         for start, panel in self._panels[:-1]:
-            stop = start + self._step
-            above = panel[self._step :]
+            stop = start + PANEL
+            above = panel[PANEL:]
             below = self._total.as_strided(above.shape, (d, 1), stop * d + start)
             below.copy_(above.T.contiguous().T if crowded else above)
         return self._total
@@ -80,13 +91,11 @@ class SymmetricSum:
         if self._total is not None:
             return self._total, 1
         self._total = X.new_empty(G, d, d)
-        # One panel of all where halves would save nothing, or calls weigh more than arithmetic.
-        self._step = PANEL if d >= 2 * PANEL and X.device.type == "cpu" else d
-        if G == 1:
-            # Views by strides, one call each: there are hundreds of them in a pass.
+        # Halves of a small one would save nothing, and on an accelerator calls weigh more than arithmetic.
+        if G == 1 and d >= 2 * PANEL and X.device.type == "cpu":
             self._panels = [
-                (start, self._total.as_strided((d - start, min(self._step, d - start)), (1, d), start * (d + 1)))
-                for start in range(0, d, self._step)
+                (start, self._total.as_strided((d - start, min(PANEL, d - start)), (1, d), start * (d + 1)))
+                for start in range(0, d, PANEL)
             ]
         return self._total, 0
 
@@ -219,12 +228,10 @@ class _Weight:
 def _add_inputs(total: SymmetricSum, a: Tensor, weight: _Weight, together: bool) -> None:
     """a `(B, T, G, I)`: each position a vector, or each example the average over its positions."""
     if together:
-        mean = torch.einsum("bt,btgi->bgi", weight.each, a) / weight.each.sum(1).clamp(min=1)[:, None, None]
-        total.add(mean.permute(1, 2, 0))
-        return
-    if not weight.is_one:
+        a = torch.einsum("bt,btgi->bgi", weight.each, a) / weight.each.sum(1).clamp(min=1)[:, None, None]
+    elif not weight.is_one:
         a = a * weight.each[:, :, None, None]
-    total.add(a.permute(2, 3, 0, 1).flatten(2))
+    _add_vectors(total, a)
 
 
 def _add_outputs(total: SymmetricSum, g: Tensor, together: bool) -> None:
@@ -232,10 +239,22 @@ def _add_outputs(total: SymmetricSum, g: Tensor, together: bool) -> None:
     if together:
         g = g.sum(2, keepdim=True)
     K, _, T, G, O = g.shape
-    if G == 1 and K > 1 and g.stride(0) == 1 and O >= PANEL:  # columns last in memory, as a likelihood makes them
+    if G == 1 and K > 1 and g.stride(0) == 1 and O >= STACKED:  # columns last in memory, as a likelihood makes them
         total.add_stacked(g[:, :, :, 0].permute(1, 2, 3, 0).flatten(0, 1))
         return
-    if G == 1 and O < 2 * PANEL and T >= O and g.stride(2) < g.stride(4):  # positions last, as convolutions have them
+    if G == 1 and O < 2 * STACKED and T >= O and g.stride(2) < g.stride(4):  # positions last, as convolutions have them
         total.add_stacked(g[:, :, :, 0].flatten(0, 1).transpose(1, 2))
         return
-    total.add(g.permute(3, 4, 0, 1, 2).flatten(2))
+    _add_vectors(total, g)
+
+
+def _add_vectors(total: SymmetricSum, t: Float[Tensor, "*n G d"]) -> None:
+    """A vector for each place along the first axes; what has to be copied for that is copied in its own order."""
+    if t.shape[-2] == 1 and t.stride(-1) == 1:
+        total.add(t.flatten(0, -2))
+        return
+    X = t.movedim((-2, -1), (0, 1)).flatten(2)
+    if len(X) == 1:
+        total.add(X[0].T)
+    else:
+        total.add_grouped(X)
