@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, ShapeError
+from curvops.linalg import dense
 from curvops.operators.base import Layout, LinearOperator, Scalar
+from curvops.operators.dense import require_finite
 from curvops.operators.formula import Formula, times_text
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ class LowRank(LinearOperator):
 
     Args:
         layout: Where each named parameter lies in a vector, so that `add_diagonal` takes a dict.
+
+    Raises:
+        DataError: NaN or infinity in U or s.
 
     Attributes:
         captured: Fraction of the trace that an approximation kept; None where it is not one.
@@ -44,6 +49,8 @@ class LowRank(LinearOperator):
                 f"LowRank: U has {U.shape[1]} columns, so s must be ({U.shape[1]},); got {tuple(s.shape)}."
             )
         super().__init__((U.shape[0], U.shape[0]), U.dtype, U.device, is_symmetric=True, layout=layout)
+        require_finite(U, f"LowRank: U ({U.shape[0]}, {U.shape[1]})")
+        require_finite(s, f"LowRank: s ({U.shape[1]},)")
         self.U, self.s, self.captured = U, s, captured
 
     @property
@@ -76,8 +83,9 @@ class LowRank(LinearOperator):
 
         def decompose() -> Eigen:
             Q, R = torch.linalg.qr(self.U)  # Q (P, min(P, r)): also right for more columns than rows
-            values, vectors = torch.linalg.eigh((R * self.s) @ R.T)
-            return Eigen(Q @ vectors, values)
+            R = R.double()  # for every dtype, as a dense matrix is decomposed
+            values, vectors = dense.eigh((R * self.s) @ R.T)
+            return Eigen(Q @ vectors.to(self.dtype), values.to(self.dtype))
 
         return self._kept("eigen", decompose, self.U, self.s)
 

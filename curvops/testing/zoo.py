@@ -152,6 +152,12 @@ def zoo() -> list[Case]:
              lambda m: kron(kron(m.pd(2), m.pd(3)), m.pd(2, 1))),
         Case("Kronecker, diagonal factor", lambda m: Kronecker(Diagonal(m.positive(3)), m.pd(4)),
              lambda m: kron(diag(m.positive(3)), m.pd(4))),
+        Case("Kronecker, low-rank factor", lambda m: Kronecker(m.pd(3), LowRank(m.general(4, 2))),
+             lambda m: kron(m.pd(3), m.general(4, 2) @ m.general(4, 2).T)),
+        Case("Kronecker, low-rank factors + δI",
+             lambda m: _damped(Kronecker(LowRank(m.general(3, 2)), LowRank(m.general(4, 2))), 0.5),
+             lambda m: kron(m.general(3, 2), m.general(4, 2)) @ kron(m.general(3, 2), m.general(4, 2)).T
+             + 0.5 * m.eye(12)),
         Case("Kronecker, damped factors",
              lambda m: Kronecker(_damped(Dense(m.psd(3, 1)), 0.5), _damped(Dense(m.pd(3)), 2.0)),
              lambda m: kron(m.psd(3, 1) + 0.5 * m.eye(3), m.pd(3) + 2.0 * m.eye(3))),

@@ -24,6 +24,7 @@ from curvops.curvature.structured import (
     DiagonalHessian,
     low_rank,
 )
+from curvops.curvature.structured.secondmoment import dense as dense_of
 from curvops.linalg import dense
 from curvops.testing.problems import problem
 
@@ -148,6 +149,29 @@ def test_memory_is_that_of_the_activations(kind, columns):
     # All of P, a layer's derivatives for every column, nothing of the size B x P or B x C x P.
     assert largest.entries <= 2 * max(P, B * columns * width)
     assert largest.entries < B * P / 10
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+def test_a_layer_wider_than_the_batch_has_no_factor_of_its_width_squared(fisher):
+    B, d, C = 8, 20_000, 3
+    model = nn.Linear(d, C, bias=False).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, d, generator=g, dtype=torch.float64)
+    K = KFAC(model, "classification", (x, torch.arange(B) % C), fisher=fisher)
+    v = torch.randn(d * C, generator=g, dtype=torch.float64)
+    with Largest() as largest:
+        K @ v, K.diagonal()
+        damped = K.add_diagonal(0.5)
+        found, solved = damped.logdet(), damped.solve(v)
+        damped.inv_sqrt_matvec(v), damped.diagonal()
+    assert largest.entries < 10 * d * B * C  # d² entries are 800 times as many as d·B·C
+    # det(B ⊗ A + δ) by the eigenvalues of B and of the Gram matrix of the inputs
+    ((statistics,),) = K.statistics()
+    (pair,) = statistics.pairs.values()
+    products = torch.outer(torch.linalg.eigvalsh(dense_of(pair.B)[0]), torch.linalg.eigvalsh(x @ x.T / B))
+    expected = (products + 0.5).log().sum() + (d - B) * C * torch.tensor(0.5, dtype=torch.float64).log()
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(damped @ solved, v, rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ def _bad(value: float) -> torch.Tensor:
         (lambda: Dense([[1.0]]), ShapeError, "got list"),
         (lambda: Diagonal(m.pd(3)), ShapeError, r"vector \(P,\), got shape \(3, 3\)"),
         (lambda: LowRank(m.general(4, 2), v4), ShapeError, r"U has 2 columns, so s must be \(2,\); got \(4,\)"),
+        (lambda: LowRank(_bad(torch.nan).reshape(3, 2)), DataError, r"LowRank: U \(3, 2\) holds NaN or infinity"),
+        (lambda: LowRank(m.general(4, 6), _bad(torch.inf)), DataError, r"LowRank: s \(6,\) holds NaN or infinity"),
         (lambda: Eigen(m.orthonormal(4), v5), ShapeError, r"Q is 4 x 4, so values must be \(4,\); got \(5,\)"),
         (lambda: Kronecker(), ShapeError, "at least one factor"),
         (lambda: Kronecker(m.pd(2), m.pd(2).float()), ShapeError, r"torch\.float32.*expected one"),

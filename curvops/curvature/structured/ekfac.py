@@ -14,6 +14,7 @@ from torch import Tensor
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.structured.expected import Expected
 from curvops.curvature.structured.factored import Factored, Source, Sums
+from curvops.curvature.structured.secondmoment import dense
 from curvops.curvature.structured.statistics import Statistics, combined
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
 from curvops.nets.squares import SquareSums
@@ -68,7 +69,10 @@ class _Basis:
     def of(cls, statistics: Statistics) -> _Basis | None:
         """Of a unit's factors; None where it has none."""
         factored = statistics.exact is None and bool(statistics.pairs)
-        return cls(*combined(list(statistics.pairs.values()))) if factored else None
+        if not factored:
+            return None
+        first, second = combined(list(statistics.pairs.values()))
+        return cls(dense(first), None if second is None else dense(second))
 
     def add(self, factors: Factors) -> None:
         """Squares of the gradients of some examples along some columns, in the basis."""

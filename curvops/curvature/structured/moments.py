@@ -1,8 +1,7 @@
 """The second moments that KFAC's factors are, summed over a pass, each once and in place.
 
 What shares an operand shares its moment: a weight and its bias the output derivatives, projections of one tensor their
-inputs. Torch has no symmetric product: on a processor the sums are made in panels of the upper triangle, which saves
-nearly half of the work, and mirrored at the end.
+inputs.
 """
 
 from __future__ import annotations
@@ -13,91 +12,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from curvops.curvature.structured.secondmoment import SecondMoment, SymmetricSum, added
 from curvops.curvature.structured.statistics import Approx, Pair
 from curvops.nets.factors import Factors, Lookup, Made, Outer, Shift, operand_key, outputs_of
-
-PANEL = 96
-"""Rows of a panel of a symmetric product: fewer save more arithmetic, and take more calls."""
 
 STACKED = 64
 """Outputs from which a product per stack is fast."""
 
-CROWDED = 1024
-"""Where the length of a row in bytes is near a multiple of this, entries of many rows share few places in the caches:
-what is read across such rows is copied first."""
-
-NEAR = 32
-"""Bytes."""
-
 _Use = tuple[int, object]
 """Whose use of a parameter it is, and its kind."""
-
-
-class SymmetricSum:
-    """Σ x xᵀ `(G, d, d)` over vectors that come in several goes."""
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        # The upper triangle of a large one in panels of rows, each turned: (d − start, rows).
-        self._panels: list[tuple[int, Tensor]] = []
-
-    def add(self, V: Float[Tensor, "n d"]) -> None:
-        """n vectors of one group, in any layout. About n·d² operations, on a processor half of that for many."""
-        total, kept = self._prepared(V, 1, V.shape[1])
-        turned = V.T
-        if not self._panels:
-            total[0].addmm_(turned, V, beta=kept)
-            return
-        # All views first: each product drives what Python needs out of the nearest caches.
-        products = [(panel, turned[start:], V[:, start : start + PANEL]) for start, panel in self._panels]
-        for panel, left, right in products:
-            panel.addmm_(left, right, beta=kept)
-
-    def add_grouped(self, X: Float[Tensor, "G d n"]) -> None:
-        """n vectors of each group, in any layout. G·n·d² operations."""
-        total, kept = self._prepared(X, *X.shape[:2])
-        total.baddbmm_(X, X.mT, beta=kept)
-
-    def add_stacked(self, X: Float[Tensor, "m d n"]) -> None:
-        """m stacks of n vectors of one group, stack by stack: what is positions last in memory is not copied."""
-        if X.device.type != "cpu":  # where a product per stack costs more than a copy
-            self.add(X.transpose(0, 1).flatten(1).T)
-            return
-        total, kept = self._prepared(X, 1, X.shape[1])
-        if not self._panels:
-            total[0].addbmm_(X, X.mT, beta=kept)
-        for start, panel in self._panels:
-            panel.addbmm_(X[:, start:], X[:, start : start + PANEL].mT, beta=kept)
-
-    def add_sum(self, S: Float[Tensor, "G d d"]) -> None:
-        """What was summed elsewhere."""
-        total, kept = self._prepared(S, *S.shape[:2])
-        total.copy_(S) if kept == 0 else total.add_(S)
-
-    def value(self) -> Float[Tensor, "G d d"]:
-        """The sum so far, in place: further vectors go on being added to it."""
-        assert self._total is not None
-        d = self._total.shape[2]
-        crowded = (d * self._total.element_size() + NEAR) % CROWDED <= 2 * NEAR
-        for start, panel in self._panels[:-1]:
-            stop = start + PANEL
-            above = panel[PANEL:]
-            below = self._total.as_strided(above.shape, (d, 1), stop * d + start)
-            below.copy_(above.T.contiguous().T if crowded else above)
-        return self._total
-
-    def _prepared(self, X: Tensor, G: int, d: int) -> tuple[Tensor, int]:
-        """Where to sum, and what to multiply the sum so far with: 0 as long as there is none."""
-        if self._total is not None:
-            return self._total, 1
-        self._total = X.new_empty(G, d, d)
-        # Halves of a small one would save nothing, and on an accelerator calls weigh more than arithmetic.
-        if G == 1 and d >= 2 * PANEL and X.device.type == "cpu":
-            self._panels = [
-                (start, self._total.as_strided((d - start, min(PANEL, d - start)), (1, d), start * (d + 1)))
-                for start in range(0, d, PANEL)
-            ]
-        return self._total, 0
 
 
 class Moments:
@@ -180,13 +103,13 @@ class Moments:
 
     def pairs(self) -> dict[int, dict[object, Pair]]:
         """Whose → kind of use → the sums so far."""
-        A: dict[_Use, Tensor] = dict(self._counts)
-        B: dict[_Use, Tensor] = {}
+        A: dict[_Use, SecondMoment] = dict(self._counts)
+        B: dict[_Use, SecondMoment] = {}
         for sums, found in ((self._inputs, A), (self._outputs, B)):
             for uses, total in sums.items():
                 value = total.value()
                 for use in uses:
-                    found[use] = found[use] + value if use in found else value
+                    found[use] = added(found[use], value) if use in found else value
         result: dict[int, dict[object, Pair]] = {}
         for use, flipped in self._flipped.items():
             result.setdefault(use[0], {})[use[1]] = Pair(flipped, A.get(use), B[use], self._terms[use])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from curvops.curvature.matrixfree.cotangents import FisherKind
+from curvops.curvature.structured.secondmoment import SecondMoment, Thin, added, dense
 from curvops.errors import ShapeError
 from curvops.nets.factorblocks import block
 from curvops.nets.factors import Factors, Lookup, Outer, Part, Shift
@@ -26,6 +27,7 @@ from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.kronecker import Kronecker
+from curvops.operators.lowrank import LowRank
 from curvops.operators.permuted import Permuted
 
 Approx = Literal["expand", "reduce"]
@@ -38,32 +40,32 @@ class Pair:
 
     Attributes:
         flipped: The parameter is (inputs, outputs), and the block A ⊗ B.
-        A: Σ a aᵀ `(G, I, I)`, its diagonal `(I,)` for lookups, None for biases.
-        B: Σ g gᵀ `(G, O, O)`.
+        A: Σ a aᵀ `(G, I, I)`, or its vectors; its diagonal `(I,)` for lookups, None for biases.
+        B: Σ g gᵀ `(G, O, O)`, or its vectors.
         terms: Of A's sum; None where A is an average already.
     """
 
     flipped: bool
-    A: Tensor | None
-    B: Tensor
+    A: SecondMoment | None
+    B: SecondMoment
     terms: float | None
 
     def plus(self, other: Pair) -> Pair:
         """Sums of the sums."""
-        same = self.flipped == other.flipped and self.B.shape == other.B.shape
+        same = self.flipped == other.flipped and _size(self.B) == _size(other.B)
         if not same or (self.terms is None) != (other.terms is None):
             raise ShapeError("merge: the factors of the two are of different kinds; build both with the same options.")
-        A = None if self.A is None or other.A is None else self.A + other.A
+        A = None if self.A is None or other.A is None else added(self.A, other.A)
         terms = None if self.terms is None or other.terms is None else self.terms + other.terms
-        return Pair(self.flipped, A, self.B + other.B, terms)
+        return Pair(self.flipped, A, added(self.B, other.B), terms)
 
-    def average(self) -> Tensor | None:
+    def average(self) -> SecondMoment | None:
         """A, averaged."""
         if self.A is None or self.terms is None:
             return self.A
         return self.A / max(self.terms, 1.0)
 
-    def sides(self) -> tuple[Tensor, Tensor | None]:
+    def sides(self) -> tuple[SecondMoment, SecondMoment | None]:
         """The factors on the parameter's first and second axis (None: there is no second)."""
         A = self.average()
         return (A, self.B) if self.flipped and A is not None else (self.B, A)
@@ -182,7 +184,7 @@ def _axes(part: Part) -> tuple[int, int] | None:
     return (inputs, outputs) if part.flipped else (outputs, inputs)
 
 
-def combined(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:
+def combined(pairs: Sequence[Pair]) -> tuple[SecondMoment, SecondMoment | None]:
     """The factors on the parameter's two axes.
 
     Kinds of use that put inputs and outputs on opposite axes (an embedding tied to a decoder) make a sum of Kronecker
@@ -205,7 +207,7 @@ def combined(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:
     return one * sign * S[0], two * sign
 
 
-def kronecker(first: Tensor, second: Tensor | None) -> LinearOperator:
+def kronecker(first: SecondMoment, second: SecondMoment | None) -> LinearOperator:
     """The block of the two axes' factors, one Kronecker product per group."""
     groups = [_factor(first, i) for i in range(_groups(first))]
     if second is None:
@@ -214,14 +216,21 @@ def kronecker(first: Tensor, second: Tensor | None) -> LinearOperator:
     return products[0] if len(products) == 1 else BlockDiagonal(*products)
 
 
-def _groups(factor: Tensor) -> int:
-    return 1 if factor.dim() == 1 else factor.shape[0]
+def _groups(factor: SecondMoment) -> int:
+    return 1 if isinstance(factor, Thin) or factor.dim() == 1 else factor.shape[0]
 
 
-def _factor(factor: Tensor, group: int) -> LinearOperator:
+def _size(factor: SecondMoment) -> tuple[int, ...]:
+    return (1, *2 * factor.V.shape[1:]) if isinstance(factor, Thin) else tuple(factor.shape)
+
+
+def _factor(factor: SecondMoment, group: int) -> LinearOperator:
+    if isinstance(factor, Thin):
+        return LowRank(factor.V.T)
     return Diagonal(factor) if factor.dim() == 1 else Dense(factor[group], is_psd=True)
 
 
-def _square(factor: Tensor | None) -> Tensor:
+def _square(factor: SecondMoment | None) -> Tensor:
     assert factor is not None
-    return torch.diag(factor) if factor.dim() == 1 else factor[0]
+    S = dense(factor)
+    return torch.diag(S) if S.dim() == 1 else S[0]

@@ -24,6 +24,7 @@ from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal, Identity, Zero, diagonal_of
 from curvops.operators.eigen import Eigen
 from curvops.operators.kronecker import Kronecker
+from curvops.operators.lowrank import LowRank
 
 # -------------------------------------------------------------------- Kronecker factors of laplace-torch
 
@@ -148,7 +149,8 @@ def _factors(block: LinearOperator) -> list[Tensor] | None:
         return None if factors is None else [block.factor * factors[0], *factors[1:]]
     if isinstance(block, Kronecker) and len(block.factors) == 2:
         return [_tensor(factor) for factor in block.factors]
-    return [_tensor(block)] if isinstance(block, Dense | Diagonal | Identity | Zero) or _decomposed(block) else None
+    is_one = isinstance(block, Dense | LowRank | Diagonal | Identity | Zero) or _decomposed(block)
+    return [_tensor(block)] if is_one else None
 
 
 def _decomposed(block: LinearOperator) -> bool:
