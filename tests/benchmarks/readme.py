@@ -104,7 +104,18 @@ def _structured(results: dict[str, Any], where: str) -> list[str]:
             cells = [rows.get(key), *(rows.get(f"{peer}: {theirs}") for peer in PEERS)]
             entries = ["-" if row is None else f"{row['cpu']:.2f} ({row['megabytes']:.0f} MB)" for row in cells]
             lines.append(f"| {network}: {title} | " + " | ".join(entries) + " |")
-    return lines
+    return [*lines, "", textwrap.fill(_multiplied_out(results["mlp"]["rows"]), 120, break_on_hyphens=False)]
+
+
+def _multiplied_out(rows: dict[str, Any]) -> str:
+    cost = {key: f"{row['cpu']:.2f}" for key, row in rows.items()}
+    return (
+        "The first factor of the MLP's KFAC is a sum over 512 vectors of 784 entries, and kept as these, which answer "
+        "all verbs. With every factor multiplied out, as the peers have them, KFAC takes "
+        f"{cost['KFAC, exact, multiplied out']} (exact) and {cost['KFAC, mc, multiplied out']} (one sample) gradients; "
+        f"one sample and the log-determinant of the damped curvature take {cost['KFAC, mc, log-determinant']}, "
+        f"and multiplied out {cost['KFAC, mc, log-determinant, multiplied out']}."
+    )
 
 
 def _dense(result: dict[str, Any], where: str) -> str:

@@ -17,11 +17,13 @@ import json
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import curvops as co
+from curvops.curvature.structured import secondmoment
 from tests.benchmarks import peers
 from tests.benchmarks.measure import Work, beside, flops, in_subprocess, interleaved, once, peak_above
 from tests.benchmarks.models import CASES, Case, gpt, mlp
@@ -56,11 +58,28 @@ def works(case: Case, device: str = "cpu") -> dict[str, Work]:
         made[f"KFAC, {name}"] = lambda name=name: co.KFAC(
             model, "classification", data, fisher=name
         ).source.statistics()
+    if not case.positions:
+        for name in ("exact", "mc"):
+            made[f"KFAC, {name}, multiplied out"] = multiplied_out(made[f"KFAC, {name}"])
+        logdet = made["KFAC, mc, log-determinant"] = lambda: (
+            co.KFAC(model, "classification", data, fisher="mc").add_diagonal(1.0).logdet()
+        )
+        made["KFAC, mc, log-determinant, multiplied out"] = multiplied_out(logdet)
     made["EKFAC, exact" if not case.positions else "EKFAC, mc"] = lambda: co.EKFAC(
         model, "classification", data, fisher="mc" if case.positions else "exact"
     ).trace()
     made.update(_peers(model, x, y, case.positions))
     return made
+
+
+def multiplied_out(work: Work) -> Work:
+    """The same with every factor a matrix, as the peers have them; those of few vectors are kept as these otherwise."""
+
+    def run() -> object:
+        with mock.patch.object(secondmoment, "FEW", 0.0):
+            return work()
+
+    return run
 
 
 def _peers(model: nn.Module, x: Tensor, y: Tensor, positions: bool) -> dict[str, Work]:

@@ -24,7 +24,6 @@ from curvops.curvature.structured import (
     DiagonalHessian,
     low_rank,
 )
-from curvops.curvature.structured.secondmoment import dense as dense_of
 from curvops.linalg import dense
 from curvops.testing.problems import problem
 
@@ -152,25 +151,28 @@ def test_memory_is_that_of_the_activations(kind, columns):
 
 
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
-def test_a_layer_wider_than_the_batch_has_no_factor_of_its_width_squared(fisher):
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_layer_wider_than_the_batch_has_no_factor_of_its_width_squared(kind, fisher):
     B, d, C = 8, 20_000, 3
     model = nn.Linear(d, C, bias=False).double()
     g = torch.Generator().manual_seed(0)
     x = torch.randn(B, d, generator=g, dtype=torch.float64)
-    K = KFAC(model, "classification", (x, torch.arange(B) % C), fisher=fisher)
+    K = kind(model, "classification", (x, torch.arange(B) % C), fisher=fisher)
     v = torch.randn(d * C, generator=g, dtype=torch.float64)
     with Largest() as largest:
-        K @ v, K.diagonal()
+        Kv, diagonal = K @ v, K.diagonal()
         damped = K.add_diagonal(0.5)
-        found, solved = damped.logdet(), damped.solve(v)
+        logdet, solved = damped.logdet(), damped.solve(v)
         damped.inv_sqrt_matvec(v), damped.diagonal()
-    assert largest.entries < 10 * d * B * C  # d² entries are 800 times as many as d·B·C
-    # det(B ⊗ A + δ) by the eigenvalues of B and of the Gram matrix of the inputs
-    ((statistics,),) = K.statistics()
-    (pair,) = statistics.pairs.values()
-    products = torch.outer(torch.linalg.eigvalsh(dense_of(pair.B)[0]), torch.linalg.eigvalsh(x @ x.T / B))
-    expected = (products + 0.5).log().sum() + (d - B) * C * torch.tensor(0.5, dtype=torch.float64).log()
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+    assert largest.entries < 10 * d * B * C  # d² entries are 80 times as many
+    # K = (L ⊗ X)ᵀ(L ⊗ X) in the basis of the inputs: all that is not zero shows in products with them.
+    X = torch.kron(torch.eye(C, dtype=torch.float64), torch.linalg.qr(x.T).Q.contiguous())
+    small = X.T @ (K @ X)
+    torch.testing.assert_close(Kv, X @ (small @ (X.T @ v)), rtol=0, atol=1e-9)
+    torch.testing.assert_close(diagonal, ((X @ small) * X).sum(1), rtol=0, atol=1e-12)
+    values = torch.linalg.eigvalsh((small + small.T) / 2).clamp_min(0)
+    expected = (values + 0.5).log().sum() + (d - B) * C * torch.tensor(0.5, dtype=torch.float64).log()
+    torch.testing.assert_close(logdet, expected, rtol=1e-11, atol=0)
     torch.testing.assert_close(damped @ solved, v, rtol=0, atol=1e-9)
 
 

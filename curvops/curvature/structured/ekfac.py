@@ -14,7 +14,7 @@ from torch import Tensor
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.structured.expected import Expected
 from curvops.curvature.structured.factored import Factored, Source, Sums
-from curvops.curvature.structured.secondmoment import dense
+from curvops.curvature.structured.secondmoment import SecondMoment, Thin, dense
 from curvops.curvature.structured.statistics import Statistics, combined
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
 from curvops.nets.squares import SquareSums
@@ -34,7 +34,8 @@ class EKFAC(Factored):
         fisher, approx, fallback, weight_and_bias, num_samples, generator, datum, tokens: As for `Factored`. `approx`
             enters the eigenvectors alone: the eigenvalues are those of whole per-example gradients.
 
-    Its Frobenius distance to the block-diagonal of the same Fisher is never larger than KFAC's.
+    Of a factor that is a sum over few vectors (see `KFAC`) the basis spans these alone, with approx="expand": all
+    gradients lie there. The Frobenius distance to the block-diagonal of the same Fisher is never larger than KFAC's.
 
     Cost: KFAC, an eigendecomposition of each factor, and a second pass of about the cost of `DiagonalGGN`.
     """
@@ -54,25 +55,31 @@ class _Basis:
     """The eigenvectors of the factors on a parameter's two axes, and the eigenvalues summed so far.
 
     Args:
-        first: `(G, n, n)` factor on the first axis of each group, or its diagonal `(n,)`.
-        second: `(G, m, m)` factor on the second axis, or None where there is none.
+        first: `(G, n, n)` factor on the first axis of each group, its diagonal `(n,)`, or its vectors.
+        second: `(G, m, m)` factor on the second axis, or its vectors; None where there is none.
+        like: A tensor of the dtype and on the device of the sums.
     """
 
-    def __init__(self, first: Tensor, second: Tensor | None) -> None:
+    def __init__(self, first: SecondMoment, second: SecondMoment | None, like: Tensor) -> None:
         self.one, self.two = _eigenvectors(first), None if second is None else _eigenvectors(second)
-        n = len(first) if first.dim() == 1 else first.shape[0] * first.shape[1]
-        m = 1 if second is None else second.shape[-1]
-        self.squares = SquareSums([n * m], first)
+        if self.one is None:
+            assert isinstance(first, Tensor)
+            rows = len(first)
+        else:
+            rows = self.one.shape[0] * self.one.shape[2]
+        self._entries = rows * (1 if self.two is None else self.two.shape[2])
+        self.squares = SquareSums([self._entries], like)
         self._inputs: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, statistics: Statistics) -> _Basis | None:
         """Of a unit's factors; None where it has none."""
-        factored = statistics.exact is None and bool(statistics.pairs)
-        if not factored:
+        if statistics.exact is not None or not statistics.pairs:
             return None
-        first, second = combined(list(statistics.pairs.values()))
-        return cls(dense(first), None if second is None else dense(second))
+        sides = combined(list(statistics.pairs.values()))
+        if statistics.approx == "reduce":  # gradients have parts outside the range of averages
+            sides = dense(sides[0]), None if sides[1] is None else dense(sides[1])
+        return cls(*sides, statistics.like)
 
     def add(self, factors: Factors) -> None:
         """Squares of the gradients of some examples along some columns, in the basis."""
@@ -80,7 +87,7 @@ class _Basis:
             self.squares.add([self._rotated(factors)])
             return
         whole = factors.per_example()
-        n = factors.size // (1 if self.two is None else self.two.shape[-1])
+        n = factors.size // (1 if self.two is None else self.two.shape[1])
         rows = whole.unflatten(-1, (n, -1))
         rows = rows if self.one is None else self.one[0].T @ rows
         rows = rows if self.two is None else rows @ self.two[0]
@@ -112,13 +119,13 @@ class _Basis:
             Qa, Qg = (self.one, self.two) if part.flipped else (self.two, self.one)
             if self._inputs is None or self._inputs[0] is not part.a:  # the same for all columns of the examples
                 self._inputs = part.a, _turned(part.a, Qa)
-            return Factors(factors.size, [Outer(self._inputs[1], _turned(part.g, Qg), part.flipped)])
+            return Factors(self._entries, [Outer(self._inputs[1], _turned(part.g, Qg), part.flipped)])
         if isinstance(part, Lookup):
             assert self.two is not None
-            return Factors(factors.size, [Lookup(part.index, part.g @ self.two[0], part.size)])
+            return Factors(self._entries, [Lookup(part.index, part.g @ self.two[0], part.size)])
         assert isinstance(part, Shift)
         assert self.one is not None
-        return Factors(factors.size, [Shift(part.g @ self.one[0])])
+        return Factors(self._entries, [Shift(part.g @ self.one[0])])
 
 
 class _Corrected:
@@ -164,7 +171,7 @@ class _Corrected:
 
 
 def _turned(t: Tensor, Q: Tensor) -> Tensor:
-    """Each group's last axis in the basis Q `(G, d, d)`: t ↦ Qᵀ t, t `(…, G, d)`."""
+    """Each group's last axis in the basis Q `(G, d, r)`: t ↦ Qᵀ t, t `(…, G, d)`."""
     if Q.shape[0] == 1 and t.stride(-1) > 1 and t.stride(-3) == 1:  # positions last in memory
         turned = Q[0].T.expand(*t.shape[:-3], -1, -1) @ t.squeeze(-2).transpose(-1, -2)
         return turned.transpose(-1, -2).unsqueeze(-2)
@@ -173,6 +180,8 @@ def _turned(t: Tensor, Q: Tensor) -> Tensor:
     return (t.unsqueeze(-2) @ Q).squeeze(-2)
 
 
-def _eigenvectors(factor: Tensor) -> Tensor | None:
-    """`(G, n, n)`; None for the identity, which diagonalises a diagonal."""
+def _eigenvectors(factor: SecondMoment) -> Tensor | None:
+    """`(G, n, r)`, of vectors those of their span; None for the identity, which diagonalises a diagonal."""
+    if isinstance(factor, Thin):
+        return factor.operator()._spectral().Q.to_dense().unsqueeze(0)
     return None if factor.dim() == 1 else torch.linalg.eigh(factor)[1]

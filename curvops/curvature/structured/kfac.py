@@ -17,6 +17,8 @@ class KFAC(Factored):
     grouped convolutions have one product per group. All uses of a parameter enter its factors. A parameter that is no
     factor of a product (norm layers, scales, whatever no rule covers) has an exact block; so has one
     where it is not certain whose some of its inputs are, if not all count alike (ignored targets, approx="reduce").
+    A factor that is a sum over fewer vectors than three quarters of its width (a layer wider than the batch) is kept as
+    these, `LowRank`: nothing of its width squared is formed by any verb but `to_dense`.
 
     Args:
         model, likelihood, data, options: As for `GGN`; `params` by flat indices is refused.
@@ -25,7 +27,8 @@ class KFAC(Factored):
     Scale: a sum over the data; B sums, A averages.
 
     Cost: one forward, C backward passes through the activations (one for "mc" with one sample; no more behind a linear
-    last layer than it has inputs), O(d²) per position and layer of width d. Nothing is computed before it is needed.
+    last layer than it has inputs), O(d²) per position and layer of width d; a decomposition takes O(d³) per factor, or
+    O(d·n²) for one of n vectors. Nothing is computed before it is needed.
     """
 
     source: _Statistical

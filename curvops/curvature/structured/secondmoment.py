@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvops.operators.lowrank import LowRank
+
 FEW = 0.75
 """Vectors for each entry up to which they are kept: a decomposition takes little more than half as long, a product with
 the matrix half as long again."""
@@ -40,6 +42,10 @@ class Thin:
     def dense(self) -> Float[Tensor, "1 d d"]:
         """Multiplied out. O(n·d²)."""
         return (self.V.T @ self.V).unsqueeze(0)
+
+    def operator(self) -> LowRank:
+        """The matrix, with all its verbs."""
+        return LowRank(self.V.T)
 
     def __mul__(self, factor: float) -> Thin:
         return Thin(self.V * math.sqrt(factor))

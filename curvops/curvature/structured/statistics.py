@@ -27,7 +27,6 @@ from curvops.operators.blockdiagonal import BlockDiagonal
 from curvops.operators.dense import Dense
 from curvops.operators.diagonal import Diagonal
 from curvops.operators.kronecker import Kronecker
-from curvops.operators.lowrank import LowRank
 from curvops.operators.permuted import Permuted
 
 Approx = Literal["expand", "reduce"]
@@ -226,7 +225,7 @@ def _size(factor: SecondMoment) -> tuple[int, ...]:
 
 def _factor(factor: SecondMoment, group: int) -> LinearOperator:
     if isinstance(factor, Thin):
-        return LowRank(factor.V.T)
+        return factor.operator()
     return Diagonal(factor) if factor.dim() == 1 else Dense(factor[group], is_psd=True)
 
 
