@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -127,19 +127,21 @@ def has_recurrence(modules: Iterable[nn.Module]) -> bool:
     return any(isinstance(m, nn.RNNBase) for m in modules)
 
 
-@contextmanager
-def recording() -> Iterator[None]:
+def recording() -> AbstractContextManager[Any]:
     """Autograd on and autocast off, whatever the caller's `no_grad`, `inference_mode` or `autocast` says."""
+    lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     # Entering a mode that is on already costs more than to ask.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.enable_grad():
-        lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not lowered:
-            yield
-            return
-        with ExitStack() as stack:
-            for kind in lowered:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+    return _recording(lowered) if lowered or torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
+@contextmanager
+def _recording(lowered: Iterable[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in lowered:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager
