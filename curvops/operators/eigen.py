@@ -151,10 +151,16 @@ class Eigen(LinearOperator):
         return Formula("leaf", f"Eigen({size_text(self.Q._known_shape())})")
 
     def _with(self, values: Tensor, rest: Scalar, V: Tensor) -> Tensor:
-        coefficients = self.Q._rapply(V)
-        if not self.thin:
-            return self.Q._apply(values[:, None] * coefficients)
-        return self.Q._apply((values - rest)[:, None] * coefficients) + rest * V
+        C = self.Q._rapply(V)
+        outside = number(rest) if self.thin else 0.0
+        if outside == 0 and not (isinstance(rest, Tensor) and rest.requires_grad):
+            return self.Q._apply(values[:, None] * C)
+        if len(values) == 0 or abs(outside) <= float(values.detach().abs().min()):
+            return self.Q._apply((values - rest)[:, None] * C) + rest * V
+        # Of a vector in Q's range that formula is a difference of large numbers where the rest is large (inverses).
+        R = V - self.Q._apply(C)
+        E = self.Q._rapply(R)  # rounding: what R still has of the range
+        return self.Q._apply(values[:, None] * (C + E) - rest * E) + rest * R
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """f of the values and of the rest (whose f is not taken when Q is square)."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from curvops.errors import NotPositiveDefiniteError, ShapeError
-from curvops.linalg import dense
 from curvops.operators.base import Layout, LinearOperator, Scalar
 from curvops.operators.dense import require_finite
 from curvops.operators.formula import Formula, times_text
@@ -83,9 +82,11 @@ class LowRank(LinearOperator):
 
         def decompose() -> Eigen:
             Q, R = torch.linalg.qr(self.U)  # Q (P, min(P, r)): also right for more columns than rows
-            R = R.double()  # for every dtype, as a dense matrix is decomposed
-            values, vectors = dense.eigh((R * self.s) @ R.T)
-            return Eigen(Q @ vectors.to(self.dtype), values.to(self.dtype))
+            R = R.double()  # as a dense matrix is: the squares add no rounding of theirs
+            values, vectors = torch.linalg.eigh((R * self.s) @ R.T)
+            values = values.to(self.dtype)
+            require_finite(values, f"the eigenvalues of {self!r}, in {self.dtype},")
+            return Eigen(Q @ vectors.to(self.dtype), values)
 
         return self._kept("eigen", decompose, self.U, self.s)
 

@@ -198,6 +198,8 @@ def zoo() -> list[Case]:
         Case("low rank", lambda m: LowRank(m.general(7, 3)), lambda m: m.general(7, 3) @ m.general(7, 3).T),
         Case("low rank, more columns than rows", lambda m: LowRank(m.general(4, 9), m.positive(9)),
              lambda m: (m.general(4, 9) * m.positive(9)) @ m.general(4, 9).T),
+        Case("low rank, no columns + δI", lambda m: _damped(LowRank(m.general(4, 2)[:, :0]), 0.5),
+             lambda m: 0.5 * m.eye(4)),
         Case("low rank, indefinite", lambda m: LowRank(m.general(6, 4), m.vector(4)),
              lambda m: (m.general(6, 4) * m.vector(4)) @ m.general(6, 4).T),
         Case("closure, positive definite", lambda m: m.closure(m.pd(8), is_psd=True, lower_bound=0.45),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvops.curvature.structured.moments import STACKED, _add_outputs
-from curvops.curvature.structured.secondmoment import PANEL, SymmetricSum, dense
+from curvops.curvature.structured.secondmoment import PANEL, SymmetricSum, matrix_of
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -20,4 +20,4 @@ def test_outputs_in_any_layout(O, together, device):
     for laid_out in (g, columns_last, positions_last):
         total = SymmetricSum()
         _add_outputs(total, laid_out, together)
-        torch.testing.assert_close(dense(total.value()), expected, rtol=1e-13, atol=1e-11)
+        torch.testing.assert_close(matrix_of(total.value()), expected, rtol=1e-13, atol=1e-11)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvops.curvature.structured import EKFAC, KFAC, secondmoment
-from curvops.curvature.structured.secondmoment import FEW, PANEL, SymmetricSum, Thin, added, dense
+from curvops.curvature.structured.secondmoment import FEW, PANEL, SymmetricSum, Thin, added, matrix_of
 from curvops.errors import DataError
 from curvops.operators.base import LinearOperator
 from curvops.operators.lowrank import LowRank
@@ -31,7 +31,7 @@ def test_sums_are_those_of_the_definition_and_go_on(d, goes):
         total.add(V)
         seen, expected = seen + n, expected + V.T @ V
         assert isinstance(total.value(), Thin) == (seen <= FEW * d)
-        torch.testing.assert_close(dense(total.value())[0], expected, rtol=1e-13, atol=1e-11)
+        torch.testing.assert_close(matrix_of(total.value())[0], expected, rtol=1e-13, atol=1e-11)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -43,7 +43,7 @@ def test_stacks_sum_as_their_vectors(d, goes):
         total.add_stacked(X)
         seen, expected = seen + 3 * n, expected + (X @ X.mT).sum(0)
         assert isinstance(total.value(), Thin) == (seen <= FEW * d)
-        torch.testing.assert_close(dense(total.value())[0], expected, rtol=1e-13, atol=1e-11)
+        torch.testing.assert_close(matrix_of(total.value())[0], expected, rtol=1e-13, atol=1e-11)
 
 
 @pytest.mark.parametrize("n", [3, 40])
@@ -52,7 +52,7 @@ def test_what_was_summed_elsewhere_joins_vectors(n):
     total = SymmetricSum()
     total.add(V)
     total.add_sum(S)
-    torch.testing.assert_close(dense(total.value()), S + (V.T @ V), rtol=1e-13, atol=1e-12)
+    torch.testing.assert_close(matrix_of(total.value()), S + (V.T @ V), rtol=1e-13, atol=1e-12)
 
 
 def test_vectors_are_kept_as_they_were():
@@ -60,7 +60,7 @@ def test_vectors_are_kept_as_they_were():
     expected, total = V.T @ V, SymmetricSum()
     total.add(V)
     V.zero_()
-    torch.testing.assert_close(dense(total.value())[0], expected)
+    torch.testing.assert_close(matrix_of(total.value())[0], expected)
 
 
 def test_arithmetic_of_vectors():
@@ -69,9 +69,9 @@ def test_arithmetic_of_vectors():
     for other, kept in ((two, True), (many, False), (matrix, False)):
         for total in (added(one, other), added(other, one)):
             assert isinstance(total, Thin) == kept
-            torch.testing.assert_close(dense(total), dense(one) + dense(other), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(dense(one * 3.0), 3.0 * dense(one))
-    torch.testing.assert_close(dense(one / 3.0), dense(one) / 3.0)
+            torch.testing.assert_close(matrix_of(total), matrix_of(one) + matrix_of(other), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(matrix_of(one * 3.0), 3.0 * matrix_of(one))
+    torch.testing.assert_close(matrix_of(one / 3.0), matrix_of(one) / 3.0)
 
 
 def network() -> nn.Module:
@@ -141,6 +141,47 @@ def test_eigenvalues_are_corrected_in_the_same_basis(options, monkeypatch):
     thin = EKFAC(model, "classification", data, **options).to_dense()
     monkeypatch.setattr(secondmoment, "FEW", 0.0)
     assert reference.relative_error(thin, EKFAC(model, "classification", data, **options).to_dense()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_solves_in_the_range_keep_their_digits(dtype, share, monkeypatch):
+    # Where the vectors' span is most of a right-hand side, the plain formula of a thin basis is off by λ/δ units.
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10)).to(dtype)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype) / 16
+    x, y = torch.randn(64, 256, generator=g, dtype=torch.float64).to(dtype), torch.arange(64) % 10
+    loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+    b = torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(model.parameters()))])
+    residuals = []
+    for few in (FEW, 0.0):
+        monkeypatch.setattr(secondmoment, "FEW", few)
+        K = KFAC(model, "classification", (x, y))
+        damped = K.add_diagonal(share * float(K.eigsh(1).values[-1]))
+        residuals.append(float(damped.solve(b, return_report=True)[1].residual))
+    assert residuals[0] < 4 * residuals[1]
+
+
+def test_few_vectors_are_decomposed_to_the_digits_of_their_dtype():
+    U = (vectors(300, 200) * torch.logspace(0, -2, 200, dtype=torch.float64)).float()
+    exact = torch.linalg.eigvalsh(U.double().T @ U.double())
+    found = LowRank(U)._spectral().values.double()
+    assert ((found - exact).abs() / exact).max() < 1e-6
+
+
+def test_few_vectors_too_large_for_their_dtype_are_refused():
+    model = nn.Linear(6, 8, bias=False)
+    K = KFAC(model, "regression", (torch.full((2, 6), 1e20), torch.zeros(2, 8)))
+    with pytest.raises(DataError, match=r"diagonal of Σ v vᵀ over \(2, 6\) vectors holds NaN or infinity"):
+        K.trace()
+    with pytest.raises(DataError, match=r"the eigenvalues of .* in torch\.float32, holds NaN or infinity"):
+        LowRank(torch.full((6, 2), 1e20)).sqrt_matvec(torch.ones(6))
+
+
+def test_a_negative_scale_is_refused():
+    with pytest.raises(ValueError, match=r"fraction\(scale=-1.0\)"):
+        KFAC(network(), "classification", batch(12)).fraction(24, 12, -1.0)
 
 
 def test_inputs_written_to_afterwards_are_no_part_of_it():

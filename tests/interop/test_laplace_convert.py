@@ -150,6 +150,17 @@ def test_what_laplace_torch_cannot_hold_is_refused_by_name() -> None:
 # -------------------------------------------------------------------- fitting
 
 
+def test_factors_of_few_vectors_go_over_as_matrices() -> None:
+    """Layers wider than the batch, whose factors and bias blocks are kept as vectors."""
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    x, y = torch.randn(7, 20, dtype=F64), torch.randn(7, 2, dtype=F64)
+    kfac = co.KFAC(model, "regression", (x, y), fisher="empirical")
+    close(ours.to_laplace_kron(kfac).to_matrix(), kfac.to_dense(), 1e-13)
+    assert "LowRank" in repr(kfac.blocks[1])
+    _, operator = ours.NativeEF(model, "regression").kron(x, y, N=7)
+    assert operator.to_matrix().shape == kfac.shape
+
+
 def test_norm_layers_count_in_kron() -> None:
     """laplace-torch's own backend leaves them out of the factors, and the sum no longer fits the parameters."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()

@@ -14,7 +14,7 @@ from torch import Tensor
 from curvops.curvature.matrixfree.layerpass import LayerPass
 from curvops.curvature.structured.expected import Expected
 from curvops.curvature.structured.factored import Factored, Source, Sums
-from curvops.curvature.structured.secondmoment import SecondMoment, Thin, dense
+from curvops.curvature.structured.secondmoment import SecondMoment, Thin, matrix_of
 from curvops.curvature.structured.statistics import Statistics, combined
 from curvops.nets.factors import Direct, Factors, Lookup, Outer, Shift
 from curvops.nets.squares import SquareSums
@@ -78,7 +78,7 @@ class _Basis:
             return None
         sides = combined(list(statistics.pairs.values()))
         if statistics.approx == "reduce":  # gradients have parts outside the range of averages
-            sides = dense(sides[0]), None if sides[1] is None else dense(sides[1])
+            sides = matrix_of(sides[0]), None if sides[1] is None else matrix_of(sides[1])
         return cls(*sides, statistics.like)
 
     def add(self, factors: Factors) -> None:

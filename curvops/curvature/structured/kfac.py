@@ -64,7 +64,14 @@ class KFAC(Factored):
         """With A multiplied by batch / num_data: mini-batch factors, plainly added, then give the whole set's.
 
         `merge` of such adds both factors without another average. `scale` multiplies the curvature, in B.
+
+        Raises:
+            ValueError: A negative scale, of which B would be no second moment.
         """
+        if scale < 0:
+            raise ValueError(
+                f"fraction(scale={scale}): expected a number of at least 0; multiply the curvature itself."
+            )
         return self._over(_Fraction(self.source, batch / num_data, scale))
 
     def _over(self, source: _Statistical) -> KFAC:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvops.operators.dense import require_finite
 from curvops.operators.lowrank import LowRank
 
 FEW = 0.75
@@ -39,12 +40,17 @@ class Thin:
 
     V: Float[Tensor, "n d"]
 
-    def dense(self) -> Float[Tensor, "1 d d"]:
+    def matrix(self) -> Float[Tensor, "1 d d"]:
         """Multiplied out. O(n·d²)."""
         return (self.V.T @ self.V).unsqueeze(0)
 
     def operator(self) -> LowRank:
-        """The matrix, with all its verbs."""
+        """The matrix, with all its verbs.
+
+        Raises:
+            DataError: Some of its entries are too large for the dtype.
+        """
+        require_finite(self.V.square().sum(0), f"the diagonal of Σ v vᵀ over {tuple(self.V.shape)} vectors")
         return LowRank(self.V.T)
 
     def __mul__(self, factor: float) -> Thin:
@@ -58,16 +64,16 @@ SecondMoment = Tensor | Thin
 """`(G, d, d)` for each of G groups, or the diagonal `(d,)` of one; or of a single group, the vectors."""
 
 
-def dense(moment: SecondMoment) -> Tensor:
+def matrix_of(moment: SecondMoment) -> Tensor:
     """As a tensor."""
-    return moment.dense() if isinstance(moment, Thin) else moment
+    return moment.matrix() if isinstance(moment, Thin) else moment
 
 
 def added(one: SecondMoment, two: SecondMoment) -> SecondMoment:
     """Their sum; the vectors of both where these are still few."""
     if isinstance(one, Thin) and isinstance(two, Thin) and _are_few(len(one.V) + len(two.V), one.V.shape[1]):
         return Thin(torch.cat([one.V, two.V]))
-    return dense(one) + dense(two)
+    return matrix_of(one) + matrix_of(two)
 
 
 def _are_few(n: int, d: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvops.curvature.matrixfree.cotangents import FisherKind
-from curvops.curvature.structured.secondmoment import SecondMoment, Thin, added, dense
+from curvops.curvature.structured.secondmoment import SecondMoment, Thin, added, matrix_of
 from curvops.errors import ShapeError
 from curvops.nets.factorblocks import block
 from curvops.nets.factors import Factors, Lookup, Outer, Part, Shift
@@ -231,5 +231,5 @@ def _factor(factor: SecondMoment, group: int) -> LinearOperator:
 
 def _square(factor: SecondMoment | None) -> Tensor:
     assert factor is not None
-    S = dense(factor)
+    S = matrix_of(factor)
     return torch.diag(S) if S.dim() == 1 else S[0]
