@@ -155,9 +155,9 @@ class Eigen(LinearOperator):
         outside = number(rest) if self.thin else 0.0
         if outside == 0 and not (isinstance(rest, Tensor) and rest.requires_grad):
             return self.Q._apply(values[:, None] * C)
-        if len(values) == 0 or abs(outside) <= float(values.detach().abs().min()):
+        if len(values) == 0 or abs(outside) <= float(values.detach().abs().min()) or not _is_inside(V, C):
             return self.Q._apply((values - rest)[:, None] * C) + rest * V
-        # Of a vector in Q's range that formula is a difference of large numbers where the rest is large (inverses).
+        # With a large rest (inverses) that would be a difference of numbers much larger than itself.
         R = V - self.Q._apply(C)
         E = self.Q._rapply(R)  # rounding: what R still has of the range
         return self.Q._apply(values[:, None] * (C + E) - rest * E) + rest * R
@@ -195,6 +195,11 @@ def _rounding(Q: LinearOperator) -> float:
     if isinstance(Q, Kronecker):
         return sum(_rounding(factor) for factor in Q.factors)
     return 4 * Q.shape[0] ** 0.5 * torch.finfo(Q.dtype).eps
+
+
+def _is_inside(V: Tensor, C: Tensor) -> bool:
+    """Whether hardly anything of some column of V lies outside the range in which it has the coefficients C."""
+    return bool((C.detach().norm(dim=0) > 0.95 * V.detach().norm(dim=0)).any())
 
 
 def _reciprocal(tolerance: float) -> Callable[[Tensor], Tensor]:
