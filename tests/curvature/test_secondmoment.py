@@ -94,12 +94,12 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def thin_factors(K: KFAC) -> int:
-    """How many of its factors are kept as vectors."""
+def thin_factors(K: KFAC) -> list[int]:
+    """Widths of its factors that are kept as vectors."""
     found: list[LinearOperator] = [block.content() for block in K.blocks]
     for operator in found:
         found.extend(operator._children())
-    return sum(isinstance(operator, LowRank) for operator in found)
+    return sorted(len(operator.U) for operator in found if isinstance(operator, LowRank))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=repr)
@@ -109,7 +109,7 @@ def test_every_verb_is_that_of_the_factors_multiplied_out(options, monkeypatch, 
     thin, merged = (KFAC(model, "classification", data, **options) for data in ((x, y), (x[:5], y[:5])))
     merged = merged.merge(KFAC(model, "classification", (x[5:], y[5:]), **options))
     thin.to_dense(), merged.to_dense()
-    assert thin_factors(thin) >= 2
+    assert len(thin_factors(thin)) >= 2
     if options.get("fisher") != "mc":  # whose draws follow the place in the data set
         assert thin_factors(merged) == thin_factors(thin)
         assert reference.relative_error(merged.to_dense(), thin.to_dense()) < 1e-12
@@ -117,7 +117,7 @@ def test_every_verb_is_that_of_the_factors_multiplied_out(options, monkeypatch, 
     whole = KFAC(model, "classification", (x, y), **options)
     v = vectors(whole.shape[0]).to(device)
     assert reference.relative_error(thin.to_dense(), whole.to_dense()) < 1e-12
-    assert thin_factors(whole) == 0
+    assert not thin_factors(whole)
     for one, two in ((thin, whole), (thin.fraction(48, 12, 2.0), whole.fraction(48, 12, 2.0))):
         for verb in (
             lambda K: K @ v,
@@ -161,6 +161,19 @@ def test_solves_in_the_range_keep_their_digits(dtype, share, monkeypatch):
         damped = K.add_diagonal(share * float(K.eigsh(1).values[-1]))
         residuals.append(float(damped.solve(b, return_report=True)[1].residual))
     assert residuals[0] < 4 * residuals[1]
+
+
+def test_few_vectors_are_decomposed_once(monkeypatch):
+    K = KFAC(network(), "classification", batch(12), fisher="mc")
+    K.to_dense()
+    sizes: list[int] = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda U: sizes.append(len(U)) or qr(U))
+    v = vectors(K.shape[0])
+    for delta in (0.5, 1.0):
+        damped = K.add_diagonal(delta)
+        damped.logdet(), damped.solve(v), damped.inv_sqrt_matvec(v), damped.diagonal()
+    assert sorted(sizes) == thin_factors(K) != []
 
 
 def test_few_vectors_are_decomposed_to_the_digits_of_their_dtype():
