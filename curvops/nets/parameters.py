@@ -201,7 +201,7 @@ class ParameterSelection:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s wrapper, which does not differentiate twice."""
-    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     return model
 

@@ -163,6 +163,23 @@ def test_solves_in_the_range_keep_their_digits(dtype, share, monkeypatch):
     assert residuals[0] < 4 * residuals[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("delta", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("options", [{}, {"weight_and_bias": "joint"}])
+def test_variances_of_unit_vectors_in_the_range(dtype, delta, options, monkeypatch):
+    # Inputs that are always zero but for some entries: the other unit vectors lie in the vectors' span.
+    x = torch.zeros(30, 60, dtype=dtype)
+    x[:, :20] = vectors(30, 20).to(dtype)
+    variances = []
+    for kind in (KFAC, EKFAC):
+        for few in (FEW, 0.0):
+            monkeypatch.setattr(secondmoment, "FEW", few)
+            K = kind(nn.Linear(60, 3, dtype=dtype), "regression", (x, vectors(30, 3).to(dtype)), **options)
+            variances.append(K.add_diagonal(delta).inverse().diagonal())
+    for thin, whole in (variances[:2], variances[2:]):
+        assert ((thin - whole).abs() / whole).max() < 100 * torch.finfo(dtype).eps
+
+
 def test_few_vectors_are_decomposed_once(monkeypatch):
     K = KFAC(network(), "classification", batch(12), fisher="mc")
     K.to_dense()
@@ -186,15 +203,18 @@ def test_few_vectors_are_decomposed_to_the_digits_of_their_dtype():
 def test_few_vectors_too_large_for_their_dtype_are_refused():
     model = nn.Linear(6, 8, bias=False)
     K = KFAC(model, "regression", (torch.full((2, 6), 1e20), torch.zeros(2, 8)))
-    with pytest.raises(DataError, match=r"diagonal of Σ v vᵀ over \(2, 6\) vectors holds NaN or infinity"):
-        K.trace()
+    E = EKFAC(model, "regression", (torch.full((2, 6), 1e20), torch.zeros(2, 8)))
+    for one in (K, E):
+        with pytest.raises(DataError, match=r"diagonal of Σ v vᵀ over \(2, 6\) vectors holds NaN or infinity"):
+            one.trace()
     with pytest.raises(DataError, match=r"the eigenvalues of .* in torch\.float32, holds NaN or infinity"):
         LowRank(torch.full((6, 2), 1e20)).sqrt_matvec(torch.ones(6))
 
 
-def test_a_negative_scale_is_refused():
-    with pytest.raises(ValueError, match=r"fraction\(scale=-1.0\)"):
-        KFAC(network(), "classification", batch(12)).fraction(24, 12, -1.0)
+@pytest.mark.parametrize("numbers", [(24, 12, -1.0), (-24, 12, 1.0), (24, 0, 1.0), (24, 12, torch.nan)])
+def test_fractions_that_are_none_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"fraction\(.*expected numbers of data above 0"):
+        KFAC(network(), "classification", batch(12)).fraction(*numbers)
 
 
 def test_inputs_written_to_afterwards_are_no_part_of_it():

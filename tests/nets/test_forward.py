@@ -350,3 +350,6 @@ class TestCutGraphs:
         model = nn.Sequential(nn.Tanh(), torch.jit.script(nn.Linear(3, 2)))
         with pytest.raises(UnsupportedError, match="module '1' is compiled to TorchScript"):
             Network(model)
+        for whole in (torch.jit.script(model), torch.jit.trace(model, randn(4, 3).float())):
+            with pytest.raises(UnsupportedError, match=r"module '\(the model itself\)' is compiled to TorchScript"):
+                Network(whole)

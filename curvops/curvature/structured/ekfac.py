@@ -183,6 +183,6 @@ def _turned(t: Tensor, Q: Tensor) -> Tensor:
 def _eigenvectors(factor: SecondMoment) -> Tensor | None:
     """`(G, n, r)`, of vectors those of their span; None for the identity, which diagonalises a diagonal."""
     if isinstance(factor, Thin):
-        Q, R = torch.linalg.qr(factor.V.T)
+        Q, R = torch.linalg.qr(factor.operator().U)
         return (Q @ torch.linalg.eigh(R @ R.T)[1]).unsqueeze(0)
     return None if factor.dim() == 1 else torch.linalg.eigh(factor)[1]

@@ -66,11 +66,12 @@ class KFAC(Factored):
         `merge` of such adds both factors without another average. `scale` multiplies the curvature, in B.
 
         Raises:
-            ValueError: A negative scale, of which B would be no second moment.
+            ValueError: Numbers of which the factors would be no second moments.
         """
-        if scale < 0:
+        if not (num_data > 0 and batch > 0 and scale >= 0):
             raise ValueError(
-                f"fraction(scale={scale}): expected a number of at least 0; multiply the curvature itself."
+                f"fraction({num_data}, {batch}, {scale}): expected numbers of data above 0 and a scale of at least 0; "
+                "another multiple is that of the curvature."
             )
         return self._over(_Fraction(self.source, batch / num_data, scale))
 
