@@ -40,6 +40,11 @@ class Thin:
 
     V: Float[Tensor, "n d"]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix, `(1, d, d)`."""
+        return torch.Size((1, *2 * self.V.shape[1:]))
+
     def matrix(self) -> Float[Tensor, "1 d d"]:
         """Multiplied out. O(n·d²)."""
         return (self.V.T @ self.V).unsqueeze(0)

@@ -51,7 +51,7 @@ class Pair:
 
     def plus(self, other: Pair) -> Pair:
         """Sums of the sums."""
-        same = self.flipped == other.flipped and _size(self.B) == _size(other.B)
+        same = self.flipped == other.flipped and self.B.shape == other.B.shape
         if not same or (self.terms is None) != (other.terms is None):
             raise ShapeError("merge: the factors of the two are of different kinds; build both with the same options.")
         A = None if self.A is None or other.A is None else added(self.A, other.A)
@@ -216,11 +216,7 @@ def kronecker(first: SecondMoment, second: SecondMoment | None) -> LinearOperato
 
 
 def _groups(factor: SecondMoment) -> int:
-    return 1 if isinstance(factor, Thin) or factor.dim() == 1 else factor.shape[0]
-
-
-def _size(factor: SecondMoment) -> tuple[int, ...]:
-    return (1, *2 * factor.V.shape[1:]) if isinstance(factor, Thin) else tuple(factor.shape)
+    return 1 if len(factor.shape) == 1 else factor.shape[0]
 
 
 def _factor(factor: SecondMoment, group: int) -> LinearOperator:
