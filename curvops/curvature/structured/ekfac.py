@@ -37,7 +37,8 @@ class EKFAC(Factored):
     Of a factor that is a sum over few vectors (see `KFAC`) the basis spans these alone, with approx="expand": all
     gradients lie there. The Frobenius distance to the block-diagonal of the same Fisher is never larger than KFAC's.
 
-    Cost: KFAC, an eigendecomposition of each factor, and a second pass of about the cost of `DiagonalGGN`.
+    Cost: KFAC, an eigendecomposition of each factor (of n vectors of d entries O(d·n²)), and a second pass of about the
+    cost of `DiagonalGGN`.
     """
 
     def _from(self, sums: Sums) -> Source:
